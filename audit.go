@@ -1,0 +1,307 @@
+package main
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/binary"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"math"
+	"strconv"
+	"time"
+
+	"go.etcd.io/bbolt"
+)
+
+// An event is one change as the audit trail keeps it, forever the same on every
+// node. Members that do not concern an action are empty, 0 or null, never missing.
+type event struct {
+	ID            string  `json:"id"` // <revision>-<index within it>
+	Revision      uint64  `json:"revision"`
+	Timestamp     string  `json:"timestamp"`
+	Action        string  `json:"action"`
+	Actor         string  `json:"actor"` // the principal, never its key
+	Namespace     string  `json:"namespace"`
+	Key           string  `json:"key"`
+	Type          string  `json:"type"`
+	Version       uint64  `json:"version"` // of a delete: the last version there was
+	OldValue      *string `json:"oldValue"`
+	NewValue      *string `json:"newValue"`
+	CorrelationID string  `json:"correlationId"`
+	Source        string  `json:"source"` // IP address of the client
+	Hash          string  `json:"hash"`
+}
+
+// appendCanonical appends the event's canonical form: the members in the order above
+// without hash, no white space, numbers in decimal and strings as appendString writes
+// them.
+func (e *event) appendCanonical(b []byte) []byte {
+	str := func(name, v string) {
+		b = append(b, name...)
+		b = appendString(b, v)
+	}
+	num := func(name string, v uint64) {
+		b = append(b, name...)
+		b = strconv.AppendUint(b, v, 10)
+	}
+	opt := func(name string, v *string) {
+		b = append(b, name...)
+		if v == nil {
+			b = append(b, "null"...)
+		} else {
+			b = appendString(b, *v)
+		}
+	}
+	str(`{"id":`, e.ID)
+	num(`,"revision":`, e.Revision)
+	str(`,"timestamp":`, e.Timestamp)
+	str(`,"action":`, e.Action)
+	str(`,"actor":`, e.Actor)
+	str(`,"namespace":`, e.Namespace)
+	str(`,"key":`, e.Key)
+	str(`,"type":`, e.Type)
+	num(`,"version":`, e.Version)
+	opt(`,"oldValue":`, e.OldValue)
+	opt(`,"newValue":`, e.NewValue)
+	str(`,"correlationId":`, e.CorrelationID)
+	str(`,"source":`, e.Source)
+	return append(b, '}')
+}
+
+// appendHashed appends the event as it is stored and sent, its canonical form with the
+// member hash at the end, and returns its hash too: SHA-256 over the previous event's
+// hash in lower-case hex (64 zeros before the first event), a line feed and the
+// canonical form.
+func (e *event) appendHashed(b []byte, prev [32]byte) ([]byte, [32]byte) {
+	start := len(b)
+	b = e.appendCanonical(b)
+	var head [65]byte
+	hex.Encode(head[:], prev[:])
+	head[64] = '\n'
+	h := sha256.New()
+	h.Write(head[:])
+	h.Write(b[start:])
+	var sum [32]byte
+	h.Sum(sum[:0])
+	b = append(b[:len(b)-1], `,"hash":"`...)
+	b = hex.AppendEncode(b, sum[:])
+	return append(b, `"}`...), sum
+}
+
+// An eventRecord is a stored event. Its slices are valid for the transaction.
+type eventRecord struct {
+	prev   place  // the event before it in the same namespace
+	places []byte // see store
+	json   []byte
+}
+
+// getEvent finds the event at p; ok is false where the trail does not hold it.
+func getEvent(tx *bbolt.Tx, p place) (e eventRecord, ok bool, err error) {
+	k := p.appendTo(nil)
+	rec := tx.Bucket(bucketTrail).Get(k)
+	if rec == nil {
+		return e, false, nil
+	}
+	e, err = parseEvent(k, rec)
+	return e, err == nil, err
+}
+
+func parseEvent(k, rec []byte) (e eventRecord, err error) {
+	b, err := unseal(bucketTrail, k, rec)
+	if err != nil {
+		return e, err
+	}
+	n := int(b[10]) * 10
+	return eventRecord{prev: placeAt(b), places: b[11 : 11+n], json: b[11+n:]}, nil
+}
+
+// decode reads the stored JSON back.
+func (e eventRecord) decode() (*event, error) {
+	ev := new(event)
+	if err := json.Unmarshal(e.json, ev); err != nil {
+		return nil, fmt.Errorf("state.db: event %.60s: %w", e.json, err)
+	}
+	return ev, nil
+}
+
+// stamp writes a time of the log, nanoseconds since 1970, as RFC 3339 in UTC. All have
+// nine digits of a second, so they also sort as text.
+func stamp(nanos int64) string {
+	return time.Unix(0, nanos).UTC().Format("2006-01-02T15:04:05.000000000Z")
+}
+
+// An eventFilter selects events by their stored bytes. In the canonical form a quote
+// inside a string is escaped, so `,"key":"x"` occurs where it is a member and nowhere
+// else: no event is decoded to be passed over.
+type eventFilter [][]byte
+
+func newEventFilter(key, actor, correlationID string) eventFilter {
+	var f eventFilter
+	for _, m := range []struct{ name, value string }{{"key", key}, {"actor", actor}, {"correlationId", correlationID}} {
+		if m.value != "" {
+			f = append(f, append(appendString([]byte(`,"`+m.name+`":`), m.value), ','))
+		}
+	}
+	return f
+}
+
+func (f eventFilter) match(stored []byte) bool {
+	for _, m := range f {
+		if !bytes.Contains(stored, m) {
+			return false
+		}
+	}
+	return true
+}
+
+// maxScan bounds how many events one page of the trail looks at when a filter passes
+// most of them over; the page then ends early, with a cursor.
+const maxScan = 200_000
+
+// listAudit answers the trail of one namespace, newest first.
+func (s *server) listAudit(c *call) error { return s.audit(c, c.ns) }
+
+// listAllAudit answers the whole trail, newest first.
+func (s *server) listAllAudit(c *call) error { return s.audit(c, "") }
+
+// audit answers a page of the trail of ns, or of all if ns is empty.
+func (s *server) audit(c *call, ns string) error {
+	limit, err := c.limit(50, 1000)
+	if err != nil {
+		return err
+	}
+	since, err := c.number("since", 0)
+	if err != nil {
+		return err
+	}
+	from := place{rev: math.MaxUint64, n: math.MaxUint16} // the newest place that may be shown
+	if cur, err := c.cursor('a'); err != nil {
+		return err
+	} else if cur != nil {
+		if len(cur) != 10 {
+			return errBadRequest.because("cursor is not one that this list returned; begin without it")
+		}
+		from = placeAt(cur)
+	}
+	for _, name := range []string{"key", "actor", "correlationId"} {
+		if c.q.Has(name) && c.q.Get(name) == "" {
+			return errBadRequest.because("the parameter %s is empty; give a value or leave it out", name)
+		}
+	}
+	filter := newEventFilter(c.q.Get("key"), c.q.Get("actor"), c.q.Get("correlationId"))
+	if err := s.fresh(c); err != nil {
+		return err
+	}
+
+	p := newPage(limit)
+	defer p.free()
+	err = s.store.view(func(tx *bbolt.Tx) error {
+		next, err := newestFirst(tx, ns, from)
+		if err != nil {
+			return err
+		}
+		for scanned := 0; ; scanned++ {
+			at, ev, err := next()
+			if err != nil || at.rev <= since {
+				return err
+			}
+			if p.full() || scanned == maxScan {
+				p.next = cursorOf('a', at.appendTo(nil))
+				return nil
+			}
+			if filter.match(ev.json) {
+				p.add(ev.json)
+			}
+		}
+	})
+	if err != nil {
+		return err
+	}
+	return p.send(c)
+}
+
+// newestFirst walks the trail of ns, or the whole trail if ns is empty, back from the
+// newest event at or before from. The walk ends with the zero place. A namespace that
+// never was is errNotFound.
+func newestFirst(tx *bbolt.Tx, ns string, from place) (func() (place, eventRecord, error), error) {
+	if ns == "" {
+		cur := tx.Bucket(bucketTrail).Cursor()
+		first := true
+		return func() (place, eventRecord, error) {
+			var k, v []byte
+			if first {
+				first = false
+				if k, v = cur.Seek(from.appendTo(nil)); k == nil {
+					k, v = cur.Last()
+				} else if !bytes.Equal(k, from.appendTo(nil)) {
+					k, v = cur.Prev()
+				}
+			} else {
+				k, v = cur.Prev()
+			}
+			if k == nil {
+				return place{}, eventRecord{}, nil
+			}
+			ev, err := parseEvent(k, v)
+			return placeAt(k), ev, err
+		}, nil
+	}
+	n, err := getNamespace(tx, ns)
+	if err != nil {
+		return nil, err
+	}
+	if n == nil {
+		return nil, errNotFound.because("there is and was no namespace %s", ns)
+	}
+	at := n.last
+	if from.before(at) {
+		// A cursor is the place of an event of this list, so it is a lookup; one that was
+		// made up, or that the trail has lost, shows nothing.
+		at = from
+		ev, ok, err := getEvent(tx, at)
+		if err != nil {
+			return nil, err
+		}
+		if !ok || !bytes.Contains(ev.json, append(appendString([]byte(`,"namespace":`), ns), ',')) {
+			at = place{}
+		}
+	}
+	return func() (place, eventRecord, error) {
+		here := at
+		if here.rev == 0 {
+			return place{}, eventRecord{}, nil
+		}
+		ev, ok, err := getEvent(tx, here)
+		if err != nil || !ok {
+			return place{}, eventRecord{}, err
+		}
+		at = ev.prev
+		return here, ev, nil
+	}, nil
+}
+
+// before reports whether p comes before q in the trail.
+func (p place) before(q place) bool {
+	return p.rev < q.rev || p.rev == q.rev && p.n < q.n
+}
+
+// appendTrail writes an event behind the trail's end; b is the batch that makes it.
+// places are those of a version, or nil.
+func (b *batch) appendTrail(ev *event, n *namespace, at place, places []byte) error {
+	rec := make([]byte, 4, 512+len(places)+len(ev.Key)+size(ev.OldValue)+size(ev.NewValue))
+	rec = n.last.appendTo(rec)
+	rec = append(rec, byte(len(places)/10))
+	rec = append(rec, places...)
+	rec, b.pos.hash = ev.appendHashed(rec, b.pos.hash)
+	n.last = at
+	k := binary.BigEndian.AppendUint16(binary.BigEndian.AppendUint64(make([]byte, 0, 10), at.rev), at.n)
+	return b.trail.Put(k, seal(k, rec))
+}
+
+func size(s *string) int {
+	if s == nil {
+		return 0
+	}
+	return len(*s)
+}

@@ -1,0 +1,506 @@
+package main
+
+import (
+	"bytes"
+	"encoding/binary"
+	"encoding/json"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"log/slog"
+	"os"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/hashicorp/raft"
+	"go.etcd.io/bbolt"
+)
+
+// A command is one change to the replicated state and the only thing ever written to
+// the raft log. Fields may be added; none may change its meaning, for new binaries
+// replay old logs.
+//
+// Whatever is not a function of the log is decided by the proposer and carried here: the
+// time, the author, any random number. Apply looks at nothing else.
+type command struct {
+	Op      string    `json:"op"` // set, delete, patch, describe (a namespace) or drop (a namespace)
+	NS      string    `json:"ns"`
+	Changes []change  `json:"changes,omitempty"` // in byte order of the keys, each key once
+	Meta    *nsMeta   `json:"meta,omitempty"`    // of describe; CreatedAt is ignored
+	If      condition `json:"if,omitzero"`       // checked when applied, never before
+	Actor   string    `json:"actor"`             // the principal, never the key
+	Source  string    `json:"source"`            // the client's IP address
+	ID      string    `json:"id"`                // the correlation id
+	At      int64     `json:"at"`                // the leader's clock, nanoseconds since 1970
+}
+
+// A change is a new value of one key, or its removal if Value is nil.
+type change struct {
+	Key   string  `json:"k"`
+	Value *string `json:"v,omitempty"`
+	Type  string  `json:"t,omitempty"`
+}
+
+// encode makes the data of a raft entry:
+//
+//	crc[4] command[]
+//
+// where crc is CRC-32C of what follows, big-endian, and command is JSON.
+func (c *command) encode() ([]byte, error) {
+	var b bytes.Buffer
+	b.Write(make([]byte, 4))
+	enc := json.NewEncoder(&b)
+	enc.SetEscapeHTML(false)
+	if err := enc.Encode(c); err != nil {
+		return nil, err
+	}
+	data := b.Bytes()
+	binary.BigEndian.PutUint32(data, crc32.Checksum(data[4:], castagnoli))
+	return data, nil
+}
+
+// decodeCommand is the reverse of encode.
+func decodeCommand(data []byte) (*command, error) {
+	if err := checkCommand(data); err != nil {
+		return nil, err
+	}
+	c := new(command)
+	if err := json.Unmarshal(data[4:], c); err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+// checkCommand checks the checksum of a raft entry's data.
+func checkCommand(data []byte) error {
+	if len(data) < 4 || binary.BigEndian.Uint32(data) != crc32.Checksum(data[4:], castagnoli) {
+		return errCorrupt
+	}
+	return nil
+}
+
+// A result is what Apply says of a command. Every node computes it; only the one that
+// proposed it has a reader for it.
+type result struct {
+	err     error  // a refusal: nothing was changed
+	rev     uint64 // revision of the change, or the store's where nothing changed
+	created bool   // the key or namespace was not there before
+	changed int    // number of keys that changed
+	etag    uint64 // revision of the thing afterwards
+	body    []byte // the entry or the namespace afterwards, JSON
+}
+
+// An fsm applies raft's log to a store.
+type fsm struct {
+	store *store
+	log   *slog.Logger
+	// halt ends the process. A replica that skips what it cannot read or store is a
+	// replica that differs, so Apply does not return from an error.
+	halt func(error)
+}
+
+// Apply implements raft.FSM; raft calls ApplyBatch instead.
+func (f *fsm) Apply(l *raft.Log) any { return f.ApplyBatch([]*raft.Log{l})[0] }
+
+// ApplyBatch implements raft.BatchingFSM: all of logs in one transaction, with the note
+// that they are done, so that a crash neither loses a command nor runs it twice. A refusal
+// is a result.
+func (f *fsm) ApplyBatch(logs []*raft.Log) []any {
+	out, err := f.store.apply(logs)
+	if err != nil {
+		f.halt(fmt.Errorf("apply raft entries %d to %d: %w", logs[0].Index, logs[len(logs)-1].Index, err))
+	}
+	return out
+}
+
+// apply is ApplyBatch. The error is the disk's or a corrupt record's; the store is
+// then as it was before.
+func (s *store) apply(logs []*raft.Log) ([]any, error) {
+	out := make([]any, len(logs))
+	old := s.at()
+	b := &batch{pos: *old, namespaces: map[string]*namespace{}}
+	err := s.db.Update(func(tx *bbolt.Tx) error {
+		b.open(tx)
+		for i, l := range logs {
+			if l.Index <= b.pos.index {
+				continue // replayed after a restart; nobody is waiting for it
+			}
+			b.pos.index = l.Index
+			if l.Type != raft.LogCommand {
+				continue // a batch is handed configuration entries too
+			}
+			c, err := decodeCommand(l.Data)
+			if err != nil {
+				return fmt.Errorf("raft entry %d is not a command: %w", l.Index, err)
+			}
+			res, err := b.run(c)
+			if err != nil {
+				return fmt.Errorf("raft entry %d: %w", l.Index, err)
+			}
+			out[i] = res
+		}
+		return b.finish()
+	})
+	if err != nil {
+		return nil, err
+	}
+	if b.pos.index != old.index {
+		s.pos.Store(&b.pos)
+	}
+	if b.pos.rev != old.rev {
+		s.changed.ring() // after the commit, so whoever wakes finds the change
+	}
+	return out, nil
+}
+
+// A batch is a transaction that applies commands.
+type batch struct {
+	tx            *bbolt.Tx
+	config, trail *bbolt.Bucket
+	pos           position              // as the transaction has it so far
+	namespaces    map[string]*namespace // those looked up; written by finish if dirty
+	dirty         []string
+}
+
+func (b *batch) open(tx *bbolt.Tx) {
+	b.tx, b.config, b.trail = tx, tx.Bucket(bucketConfig), tx.Bucket(bucketTrail)
+	// Keys of the trail only grow, so a page is never split in the middle.
+	b.trail.FillPercent = 0.95
+}
+
+// finish writes what the commands of the batch share.
+func (b *batch) finish() error {
+	for _, ns := range b.dirty {
+		if err := b.namespaces[ns].put(b.tx, ns); err != nil {
+			return err
+		}
+	}
+	meta := b.tx.Bucket(bucketMeta)
+	for _, m := range []struct {
+		name  string
+		value []byte
+	}{
+		{"applied", binary.BigEndian.AppendUint64(nil, b.pos.index)},
+		{"revision", binary.BigEndian.AppendUint64(nil, b.pos.rev)},
+		{"time", binary.BigEndian.AppendUint64(nil, uint64(b.pos.nanos))},
+		{"hash", b.pos.hash[:]},
+	} {
+		if err := meta.Put([]byte(m.name), m.value); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// namespace returns a namespace's record for change, nil where it never was.
+func (b *batch) namespace(ns string) (*namespace, error) {
+	if n, ok := b.namespaces[ns]; ok {
+		return n, nil
+	}
+	n, err := getNamespace(b.tx, ns)
+	if err == nil && n != nil {
+		b.namespaces[ns] = n
+	}
+	return n, err
+}
+
+// touch says that namespace ns changes in the revision being made.
+func (b *batch) touch(ns string, n *namespace) {
+	n.rev = b.pos.rev
+	if !slices.Contains(b.dirty, ns) {
+		b.dirty = append(b.dirty, ns)
+	}
+}
+
+// run applies one command. A refusal is in the result, decided before anything is
+// written; the error is the disk's, or says that this program cannot read the log.
+func (b *batch) run(c *command) (*result, error) {
+	switch c.Op {
+	case "set", "delete", "patch":
+		return b.change(c)
+	case "describe":
+		return b.describe(c)
+	case "drop":
+		return b.drop(c)
+	}
+	return nil, fmt.Errorf("unknown op %q: written by a newer confman?", c.Op)
+}
+
+// next begins the revision that c makes. Times never decrease along the log, whatever
+// the clocks of successive leaders say.
+func (b *batch) next(c *command) string {
+	b.pos.rev++
+	b.pos.nanos = max(b.pos.nanos, c.At)
+	return stamp(b.pos.nanos)
+}
+
+// reborn returns the record of a namespace that is there, making it if need be.
+func (b *batch) reborn(ns string, n *namespace, owner, now string) *namespace {
+	if n == nil {
+		n = &namespace{}
+		b.namespaces[ns] = n
+	} else if !n.deleted {
+		return n
+	}
+	n.deleted = false
+	n.nsMeta = nsMeta{Owner: owner, CreatedAt: now}
+	return n
+}
+
+// change applies set, delete and patch: all of the command's changes in one revision,
+// or nothing.
+func (b *batch) change(c *command) (*result, error) {
+	n, err := b.namespace(c.NS)
+	if err != nil {
+		return nil, err
+	}
+	there := n != nil && !n.deleted
+
+	type found struct {
+		key   []byte
+		old   entryRecord
+		ok    bool
+		entry entry // decoded if ok
+	}
+	olds := make([]found, len(c.Changes))
+	var work []int // those that change something
+	for i, ch := range c.Changes {
+		f := &olds[i]
+		f.key = entryKey(c.NS, ch.Key)
+		if rec := b.config.Get(f.key); rec != nil {
+			if f.old, err = parseEntry(f.key, rec); err != nil {
+				return nil, err
+			}
+			if f.entry, err = f.old.decode(); err != nil {
+				return nil, err
+			}
+			f.ok = true
+		}
+		switch {
+		case ch.Value == nil && !f.ok:
+		case ch.Value != nil && f.ok && f.entry.Value == *ch.Value && f.entry.Type == ch.Type:
+		default:
+			work = append(work, i)
+		}
+	}
+
+	// What the condition is about: the key, or of a patch the namespace.
+	if c.If.given() {
+		var cur *current
+		switch {
+		case c.Op == "patch" && there:
+			if cur, err = b.currentNamespace(n); err != nil {
+				return nil, err
+			}
+		case c.Op != "patch" && olds[0].ok:
+			cur = &current{olds[0].entry.Revision, olds[0].entry.UpdatedBy, olds[0].entry.UpdatedAt}
+		}
+		if err := c.If.check(cur); err != nil {
+			return &result{err: err}, nil
+		}
+	}
+	if c.Op == "delete" && !olds[0].ok {
+		return &result{err: errNotFound.because("there is no key %s in namespace %s", c.Changes[0].Key, c.NS)}, nil
+	}
+	if len(work) == 0 {
+		res := &result{rev: b.pos.rev}
+		if c.Op == "set" {
+			res.etag, res.body = olds[0].old.rev, bytes.Clone(olds[0].old.json)
+		} else if there {
+			res.etag = n.rev
+		}
+		return res, nil
+	}
+
+	now := b.next(c)
+	n = b.reborn(c.NS, n, c.Actor, now)
+	b.touch(c.NS, n)
+	res := &result{rev: b.pos.rev, etag: b.pos.rev, changed: len(work), created: !olds[work[0]].ok}
+	for i, w := range work {
+		ch, f := c.Changes[w], &olds[w]
+		at := place{b.pos.rev, uint16(i)}
+		ev := &event{
+			ID: strconv.FormatUint(at.rev, 10) + "-" + strconv.Itoa(i), Revision: at.rev, Timestamp: now,
+			Actor: c.Actor, Namespace: c.NS, Key: ch.Key, CorrelationID: c.ID, Source: c.Source,
+		}
+		if f.ok {
+			ev.OldValue = &f.entry.Value
+		}
+		if ch.Value == nil {
+			ev.Action, ev.Type, ev.Version = "config.delete", f.entry.Type, f.old.version
+			if err := b.appendTrail(ev, n, at, nil); err != nil {
+				return nil, err
+			}
+			if err := b.config.Delete(f.key); err != nil {
+				return nil, err
+			}
+			n.keys--
+			continue
+		}
+		ev.Action, ev.Type, ev.Version, ev.NewValue = "config.set", ch.Type, f.old.version+1, ch.Value
+		evPlaces, places := nextPlaces(f.old.places, ev.Version, at)
+		if err := b.appendTrail(ev, n, at, evPlaces); err != nil {
+			return nil, err
+		}
+		e := entry{
+			Namespace: c.NS, Key: ch.Key, Value: *ch.Value, Type: ch.Type,
+			Version: ev.Version, Revision: at.rev, UpdatedAt: now, UpdatedBy: c.Actor,
+		}
+		rec := make([]byte, 4, 320+len(places)+len(ch.Key)+len(*ch.Value))
+		rec = binary.BigEndian.AppendUint64(rec, e.Revision)
+		rec = binary.BigEndian.AppendUint64(rec, e.Version)
+		rec = append(rec, byte(len(places)/10))
+		rec = append(rec, places...)
+		start := len(rec)
+		rec = e.appendTo(rec)
+		if c.Op == "set" {
+			res.body = rec[start:]
+		}
+		if err := b.config.Put(f.key, seal(f.key, rec)); err != nil {
+			return nil, err
+		}
+		if !f.ok {
+			n.keys++
+		}
+	}
+	return res, nil
+}
+
+// describe applies a change of a namespace's metadata, or makes the namespace.
+func (b *batch) describe(c *command) (*result, error) {
+	n, err := b.namespace(c.NS)
+	if err != nil {
+		return nil, err
+	}
+	there := n != nil && !n.deleted
+	if res, err := b.refuse(c, n); res != nil || err != nil {
+		return res, err
+	}
+	if there && n.Description == c.Meta.Description && n.Owner == c.Meta.Owner {
+		return &result{rev: b.pos.rev, etag: n.rev, body: n.appendTo(nil, c.NS)}, nil
+	}
+	var old *string
+	if there {
+		old = n.metaText()
+	}
+	now := b.next(c)
+	n = b.reborn(c.NS, n, c.Actor, now)
+	n.Description, n.Owner = c.Meta.Description, c.Meta.Owner
+	b.touch(c.NS, n)
+	if err := b.namespaceEvent(c, n, now, "namespace.set", old, n.metaText()); err != nil {
+		return nil, err
+	}
+	return &result{rev: b.pos.rev, etag: n.rev, created: !there, body: n.appendTo(nil, c.NS)}, nil
+}
+
+// drop applies the removal of a namespace that holds no keys.
+func (b *batch) drop(c *command) (*result, error) {
+	n, err := b.namespace(c.NS)
+	if err != nil {
+		return nil, err
+	}
+	if res, err := b.refuse(c, n); res != nil || err != nil {
+		return res, err
+	}
+	if n == nil || n.deleted {
+		return &result{err: errNotFound.because("there is no namespace %s", c.NS)}, nil
+	}
+	if n.keys > 0 {
+		return &result{err: errConflict.because("namespace %s still holds %d keys; delete them first", c.NS, n.keys)}, nil
+	}
+	now := b.next(c)
+	b.touch(c.NS, n)
+	if err := b.namespaceEvent(c, n, now, "namespace.delete", n.metaText(), nil); err != nil {
+		return nil, err
+	}
+	n.deleted = true
+	return &result{rev: b.pos.rev, etag: n.rev}, nil
+}
+
+// refuse checks the condition of a command about a namespace; nil, nil is leave to go on.
+func (b *batch) refuse(c *command, n *namespace) (*result, error) {
+	if !c.If.given() {
+		return nil, nil
+	}
+	var cur *current
+	if n != nil && !n.deleted {
+		var err error
+		if cur, err = b.currentNamespace(n); err != nil {
+			return nil, err
+		}
+	}
+	if err := c.If.check(cur); err != nil {
+		return &result{err: err}, nil
+	}
+	return nil, nil
+}
+
+// currentNamespace says who changed a namespace last, by its newest event.
+func (b *batch) currentNamespace(n *namespace) (*current, error) {
+	return namespaceCurrent(b.tx, n)
+}
+
+func (b *batch) namespaceEvent(c *command, n *namespace, now, action string, old, new *string) error {
+	ev := &event{
+		ID: strconv.FormatUint(b.pos.rev, 10) + "-0", Revision: b.pos.rev, Timestamp: now, Action: action,
+		Actor: c.Actor, Namespace: c.NS, Type: "json", OldValue: old, NewValue: new, CorrelationID: c.ID, Source: c.Source,
+	}
+	return b.appendTrail(ev, n, place{b.pos.rev, 0}, nil)
+}
+
+// Snapshot implements raft.FSM. It only begins a read transaction, so that Apply goes on
+// beside Persist.
+func (f *fsm) Snapshot() (raft.FSMSnapshot, error) {
+	tx, err := f.store.begin()
+	if err != nil {
+		return nil, err
+	}
+	return &snapshot{tx: tx, log: f.log}, nil
+}
+
+// Restore implements raft.FSM.
+func (f *fsm) Restore(r io.ReadCloser) error {
+	start := time.Now()
+	if err := f.store.replace(r); err != nil {
+		return err
+	}
+	pos := f.store.at()
+	f.log.Info("state restored from snapshot", "revision", pos.rev, "index", pos.index, "took", time.Since(start))
+	return nil
+}
+
+// A snapshot is the state file as it was when the transaction began, page for page. It
+// needs no format of its own, costs no decoding, and restoring one is a copy.
+type snapshot struct {
+	tx  *bbolt.Tx
+	log *slog.Logger
+}
+
+// Persist implements raft.FSMSnapshot.
+func (s *snapshot) Persist(sink raft.SnapshotSink) error {
+	start := time.Now()
+	n, err := s.tx.WriteTo(sink)
+	if err != nil {
+		sink.Cancel()
+		return fmt.Errorf("write snapshot %s: %w", sink.ID(), err)
+	}
+	if err := sink.Close(); err != nil {
+		return fmt.Errorf("close snapshot %s: %w", sink.ID(), err)
+	}
+	s.log.Info("snapshot written", "id", sink.ID(), "bytes", n, "took", time.Since(start))
+	return nil
+}
+
+// Release implements raft.FSMSnapshot.
+func (s *snapshot) Release() { s.tx.Rollback() }
+
+// removeTemporary removes what a process that was killed in the middle left behind.
+func removeTemporary(dir string) error {
+	for _, name := range []string{"state.db.restore", "state.mark.tmp"} {
+		if err := os.Remove(dir + "/" + name); err != nil && !os.IsNotExist(err) {
+			return err
+		}
+	}
+	return nil
+}

@@ -1,0 +1,715 @@
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"crypto/rand"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"maps"
+	"mime"
+	"net"
+	"net/http"
+	"net/url"
+	"regexp"
+	"runtime/debug"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+	"unicode"
+	"unicode/utf8"
+)
+
+// A server answers the API of one node.
+type server struct {
+	cfg   *config
+	store *store
+	node  *raftNode
+	auth  *auth
+	log   *slog.Logger
+	mux   *http.ServeMux
+
+	stopping atomic.Int32 // a stage of shutdown: serving, draining or handedOver
+	writes   atomic.Int64 // writes that are being answered
+}
+
+// The stages of a shutdown, see server.drain.
+const (
+	serving    = iota
+	draining   // readiness says 503 and so do new writes
+	handedOver // new writes are redirected to the new leader
+)
+
+// A route is one method of one path. It has no form without a role, so an unprotected
+// route has to say so.
+type route struct {
+	method, pattern string
+	role            role
+	params          string // the query parameters it takes, separated by spaces
+	serve           func(*call) error
+}
+
+// reads are the parameters of every read of replicated state.
+const reads = " stale"
+
+// routes is every route of the program.
+func (s *server) routes() []route {
+	return []route{
+		{"GET", "/api/v1/config/{ns}/{key...}", reader, "raw version" + reads, s.getEntry},
+		{"PUT", "/api/v1/config/{ns}/{key...}", admin, "raw type", s.putEntry},
+		{"DELETE", "/api/v1/config/{ns}/{key...}", admin, "", s.deleteEntry},
+		{"GET", "/api/v1/config/{ns}", reader, "prefix limit cursor" + reads, s.listEntries},
+		{"PATCH", "/api/v1/config/{ns}", admin, "", s.patchEntries},
+		{"GET", "/api/v1/namespaces", reader, "prefix limit cursor" + reads, s.listNamespaces},
+		{"GET", "/api/v1/namespaces/{ns}", reader, strings.TrimSpace(reads), s.getNamespace},
+		{"PUT", "/api/v1/namespaces/{ns}", admin, "", s.putNamespace},
+		{"DELETE", "/api/v1/namespaces/{ns}", admin, "", s.deleteNamespace},
+		{"GET", "/api/v1/namespaces/{ns}/keys", reader, "prefix limit cursor" + reads, s.listKeys},
+		{"GET", "/api/v1/audit/{ns}", reader, "limit cursor key actor correlationId since" + reads, s.listAudit},
+		{"GET", "/api/v1/audit", admin, "limit cursor key actor correlationId since" + reads, s.listAllAudit},
+		{"GET", "/health", public, "", s.health},
+		{"GET", "/health/ready", public, "", s.ready},
+	}
+}
+
+func newServer(cfg *config, st *store, n *raftNode, log *slog.Logger) *server {
+	s := &server{cfg: cfg, store: st, node: n, auth: newAuth(cfg.Auth.ApiKeys), log: log, mux: http.NewServeMux()}
+	methods := map[string]map[string]*route{}
+	for _, rt := range s.routes() {
+		if methods[rt.pattern] == nil {
+			methods[rt.pattern] = map[string]*route{}
+		}
+		methods[rt.pattern][rt.method] = &rt
+	}
+	for pattern, m := range methods {
+		allowed := slices.Collect(maps.Keys(m))
+		if m["GET"] != nil {
+			allowed = append(allowed, "HEAD")
+		}
+		slices.Sort(allowed)
+		allow := strings.Join(allowed, ", ")
+		s.mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
+			s.answer(w, r, m, allow)
+		})
+	}
+	// The mux's own 404 is plain text.
+	s.mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) { s.answer(w, r, nil, "") })
+	return s
+}
+
+// ServeHTTP looks at the path before the mux does: the mux would clean it by a redirect
+// that keeps the method, so that a PUT to a//b could land on a/b.
+func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if err := checkPath(r); err != nil {
+		c := s.newCall(w, r)
+		defer c.finish(err)
+		return
+	}
+	s.mux.ServeHTTP(w, r)
+}
+
+// checkPath refuses what no path of ours can be. An empty last segment is left to the mux.
+func checkPath(r *http.Request) error {
+	escaped := r.URL.EscapedPath()
+	if r.Method == http.MethodConnect || !strings.HasPrefix(escaped, "/") || !strings.HasPrefix(r.URL.Path, "/") {
+		return errBadRequest.because("the request target is not a path")
+	}
+	// The plain case, most requests, has nothing to look at twice.
+	if escaped == r.URL.Path && !strings.Contains(escaped, "//") && !strings.Contains(escaped, "/.") {
+		return nil
+	}
+	if !utf8.ValidString(r.URL.Path) {
+		return errBadRequest.because("the path is not UTF-8")
+	}
+	if strings.ContainsFunc(r.URL.Path, isControl) {
+		return errBadRequest.because("the path holds a control character")
+	}
+	segs := strings.Split(escaped[1:], "/")
+	for i, seg := range segs {
+		name, err := url.PathUnescape(seg)
+		if err != nil || name == "." || name == ".." || name == "" && i < len(segs)-1 {
+			return errBadRequest.because("the path has an empty segment, or one that is . or ..")
+		}
+	}
+	return nil
+}
+
+// isControl reports a C0 or C1 control character.
+func isControl(r rune) bool { return unicode.IsControl(r) }
+
+var namespaceName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
+
+// A call is one request on its way through the server.
+type call struct {
+	s       *server
+	w       *response
+	r       *http.Request
+	route   *route // nil where nothing matched
+	ns, key string
+	q       url.Values
+	who     caller
+	id      string // correlation id
+	start   time.Time
+	api     bool   // under /api
+	rev     uint64 // revision in the answer, for the log
+}
+
+// A response remembers the status that went out.
+type response struct {
+	http.ResponseWriter
+	status int
+}
+
+func (w *response) WriteHeader(status int) {
+	if w.status == 0 {
+		w.status = status
+	}
+	w.ResponseWriter.WriteHeader(status)
+}
+
+func (w *response) Write(b []byte) (int, error) {
+	w.status = cmp.Or(w.status, http.StatusOK)
+	return w.ResponseWriter.Write(b)
+}
+
+// Unwrap serves http.ResponseController.
+func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
+func (s *server) newCall(w http.ResponseWriter, r *http.Request) *call {
+	c := &call{s: s, w: &response{ResponseWriter: w}, r: r, start: time.Now(), id: correlationID(r)}
+	h := w.Header()
+	h["X-Correlation-Id"] = []string{c.id}
+	if c.api = strings.HasPrefix(r.URL.Path, "/api/") || r.URL.Path == "/api"; c.api {
+		h["Confman-Node"] = []string{s.cfg.Cluster.NodeId}
+		c.sawRevision(s.store.at().rev)
+	}
+	return c
+}
+
+// validID is what a correlation id may be.
+func validID(id string) bool {
+	if id == "" || len(id) > 128 {
+		return false
+	}
+	for i := range len(id) {
+		c := id[i]
+		if !('a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9' || c == '.' || c == '_' || c == '-') {
+			return false
+		}
+	}
+	return true
+}
+
+// correlationID takes the client's id, or makes one.
+func correlationID(r *http.Request) string {
+	if v := r.Header["X-Correlation-Id"]; len(v) == 1 && validID(v[0]) {
+		return v[0]
+	}
+	return rand.Text()
+}
+
+// answer checks a request in the contract's order and serves it.
+func (s *server) answer(w http.ResponseWriter, r *http.Request, methods map[string]*route, allow string) {
+	c := s.newCall(w, r)
+	defer func() {
+		if p := recover(); p != nil && p != http.ErrAbortHandler {
+			c.finish(fmt.Errorf("panic: %v\n%s", p, debug.Stack()))
+		} else if p != nil {
+			panic(p)
+		}
+	}()
+	c.finish(c.serve(methods, allow))
+}
+
+func (c *call) serve(methods map[string]*route, allow string) (err error) {
+	r := c.r
+	if methods == nil {
+		return errNotFound.because("there is no route %s", clip(r.URL.Path, 200))
+	}
+	if c.ns = r.PathValue("ns"); c.ns != "" || strings.Contains(r.Pattern, "{ns}") {
+		if !namespaceName.MatchString(c.ns) {
+			return errBadRequest.because("%q is not a namespace: [A-Za-z0-9][A-Za-z0-9._-]{0,127}", clip(c.ns, 140))
+		}
+	}
+	if strings.HasSuffix(r.Pattern, "{key...}") {
+		c.key = r.PathValue("key")
+		if err := checkKey(c.key); err != nil {
+			return err
+		}
+	}
+	method := r.Method
+	if method == http.MethodHead {
+		method = http.MethodGet
+	}
+	if c.route = methods[method]; c.route == nil {
+		c.w.Header().Set("Allow", allow)
+		return errMethodNotAllowed.because("%s is not for %s; allowed: %s", clip(r.Method, 20), r.Pattern, allow)
+	}
+	if c.who, err = c.s.auth.identify(r, c.route.role); err != nil {
+		if problemOf(err).kind == errUnauthorized {
+			c.w.Header().Set("WWW-Authenticate", `Bearer realm="confman"`)
+		}
+		return err
+	}
+	if r.URL.RawQuery != "" {
+		if err := c.readQuery(); err != nil {
+			return err
+		}
+	}
+	if c.writes() {
+		c.s.writes.Add(1)
+		defer c.s.writes.Add(-1)
+		if done, err := c.s.gate(c); done || err != nil {
+			return err
+		}
+	}
+	return c.route.serve(c)
+}
+
+// writes reports whether the request would change something.
+func (c *call) writes() bool {
+	return c.r.Method != http.MethodGet && c.r.Method != http.MethodHead
+}
+
+// readQuery refuses parameters that the route does not take, so that a typo never
+// changes a meaning in silence.
+func (c *call) readQuery() (err error) {
+	if c.q, err = url.ParseQuery(c.r.URL.RawQuery); err != nil {
+		return errBadRequest.because("query: %v", err)
+	}
+	known := strings.Fields(c.route.params)
+	for name, values := range c.q {
+		switch {
+		case !slices.Contains(known, name):
+			return errBadRequest.because("unknown query parameter %q; %s takes: %s", clip(name, 60), c.route.pattern, cmp.Or(c.route.params, "none"))
+		case len(values) > 1:
+			return errBadRequest.because("the query parameter %s is given twice", name)
+		case !utf8.ValidString(values[0]):
+			return errBadRequest.because("the query parameter %s is not UTF-8", name)
+		}
+	}
+	return nil
+}
+
+// flag reads a parameter that is there or not.
+func (c *call) flag(name string) (bool, error) {
+	if !c.q.Has(name) {
+		return false, nil
+	}
+	if v := c.q.Get(name); v != "" && v != "true" {
+		return false, errBadRequest.because("%s takes no value; leave it out to turn it off", name)
+	}
+	return true, nil
+}
+
+// number reads a parameter that is a number, 0 or more.
+func (c *call) number(name string, missing uint64) (uint64, error) {
+	if !c.q.Has(name) {
+		return missing, nil
+	}
+	n, err := strconv.ParseUint(c.q.Get(name), 10, 64)
+	if err != nil {
+		return 0, errBadRequest.because("%s must be a whole number, not %q", name, clip(c.q.Get(name), 40))
+	}
+	return n, nil
+}
+
+// limit reads how many items a page may have.
+func (c *call) limit(usual, most uint64) (int, error) {
+	n, err := c.number("limit", usual)
+	if err == nil && (n < 1 || n > most) {
+		err = errBadRequest.because("limit must be 1 to %d", most)
+	}
+	return int(n), err
+}
+
+// cursor reads where a list goes on; nil is the beginning. Cursors are base64url of a
+// letter for the kind of list and the last key that was shown.
+func (c *call) cursor(kind byte) ([]byte, error) {
+	v := c.q.Get("cursor")
+	if v == "" {
+		return nil, nil
+	}
+	b, err := base64.RawURLEncoding.Strict().DecodeString(v)
+	if err != nil || b[0] != kind {
+		return nil, errBadRequest.because("cursor is not one that this list returned; begin without it")
+	}
+	return b[1:], nil
+}
+
+func cursorOf(kind byte, at []byte) string {
+	return base64.RawURLEncoding.EncodeToString(append([]byte{kind}, at...))
+}
+
+// accepts reports whether the client asks for media type want before it asks for other.
+func (c *call) accepts(want, other string) bool {
+	for part := range strings.SplitSeq(strings.Join(c.r.Header["Accept"], ","), ",") {
+		t, params, err := mime.ParseMediaType(part)
+		if err != nil {
+			continue
+		}
+		if q, err := strconv.ParseFloat(cmp.Or(params["q"], "1"), 64); err != nil || q == 0 {
+			continue
+		}
+		switch t {
+		case want:
+			return true
+		case other, "*/*":
+			return false
+		}
+	}
+	return false
+}
+
+// maxBody is how many bytes a body may have.
+const maxBody = 2 << 20
+
+// bodyTime is how long a client may take to send a body.
+const bodyTime = 30 * time.Second
+
+// body reads the whole body.
+func (c *call) body() ([]byte, error) {
+	if c.r.ContentLength > maxBody {
+		return nil, errTooLarge.because("the body has %d bytes; at most %d are allowed", c.r.ContentLength, maxBody)
+	}
+	http.NewResponseController(c.w).SetReadDeadline(c.start.Add(bodyTime))
+	b, err := io.ReadAll(http.MaxBytesReader(c.w, c.r.Body, maxBody))
+	var tooLarge *http.MaxBytesError
+	if errors.As(err, &tooLarge) {
+		return nil, errTooLarge.because("the body has more than %d bytes", maxBody)
+	}
+	if err != nil {
+		return nil, errBadRequest.because("the body did not arrive whole: %v", err)
+	}
+	for _, v := range c.r.Header["Content-Encoding"] {
+		if !strings.EqualFold(v, "identity") {
+			return nil, errUnsupportedMediaType.because("Content-Encoding is not supported; send the body as it is")
+		}
+	}
+	return b, nil
+}
+
+// rawBody reports whether the bytes of the body are the value, by their media type. Any
+// other type is taken for JSON, whatever curl -d says it is.
+func (c *call) rawBody() bool {
+	t, _, _ := mime.ParseMediaType(c.r.Header.Get("Content-Type"))
+	return t == "text/plain" || t == "application/octet-stream"
+}
+
+// object reads a body that must be a JSON object.
+func (c *call) object() ([]member, error) {
+	b, err := c.body()
+	if err != nil {
+		return nil, err
+	}
+	if c.rawBody() {
+		return nil, errUnsupportedMediaType.because("%s takes JSON only; send it as application/json", c.route.pattern)
+	}
+	if err := checkJSON(b); err != nil {
+		return nil, errBadRequest.because("body: %v", err)
+	}
+	ms, err := objectMembers(b)
+	if err != nil {
+		return nil, errBadRequest.because("body: %v", err)
+	}
+	return ms, nil
+}
+
+func unknownMember(name, known string) error {
+	return errBadRequest.because("body: unknown member %q; known: %s", clip(name, 60), known)
+}
+
+// buffers holds what answers are put together in.
+var buffers = sync.Pool{New: func() any { b := make([]byte, 0, 1024); return &b }}
+
+func getBuffer() *[]byte { return buffers.Get().(*[]byte) }
+
+// putBuffer takes a buffer back; one that grew large is left to the collector.
+func putBuffer(b *[]byte) {
+	if cap(*b) <= 1<<16 {
+		*b = (*b)[:0]
+		buffers.Put(b)
+	}
+}
+
+var (
+	typeJSON    = []string{"application/json"}
+	typeProblem = []string{"application/problem+json"}
+	typeText    = []string{"text/plain; charset=utf-8"}
+)
+
+// setETag says which revision made the thing that is answered.
+func (c *call) setETag(rev uint64) {
+	c.w.Header()["Etag"] = []string{`"` + strconv.FormatUint(rev, 10) + `"`}
+}
+
+// sawRevision makes the answer's Confman-Revision at least rev.
+func (c *call) sawRevision(rev uint64) {
+	if c.api && (rev > c.rev || c.rev == 0) {
+		c.rev = rev
+		c.w.Header()["Confman-Revision"] = []string{strconv.FormatUint(rev, 10)}
+	}
+}
+
+// sendJSON answers with b and a line feed behind it.
+func (c *call) sendJSON(status int, b []byte) error {
+	b = append(b, '\n')
+	h := c.w.Header()
+	h["Content-Type"] = typeJSON
+	h["Content-Length"] = []string{strconv.Itoa(len(b))}
+	c.w.WriteHeader(status)
+	_, err := c.w.Write(b)
+	return err
+}
+
+// sendText answers with b as it is.
+func (c *call) sendText(b []byte) error {
+	h := c.w.Header()
+	h["Content-Type"] = typeText
+	h["X-Content-Type-Options"] = []string{"nosniff"} // a value may look like a page
+	h["Content-Length"] = []string{strconv.Itoa(len(b))}
+	_, err := c.w.Write(b)
+	return err
+}
+
+// sendNothing answers with a status that has no body.
+func (c *call) sendNothing(status int) error {
+	c.w.WriteHeader(status)
+	return nil
+}
+
+// finish is the only place where an error becomes a response and the only place where
+// a request is logged.
+func (c *call) finish(err error) {
+	if err == nil {
+		c.observe(cmp.Or(c.w.status, http.StatusOK), nil)
+		return
+	}
+	p := problemOf(err)
+	c.observe(cmp.Or(c.w.status, p.kind.status), err) // the log gets all of err, the client gets p
+	if c.w.status != 0 {
+		// Half an answer is out. Cut the line, so that the client sees a broken response and
+		// does not take it for a short one.
+		panic(http.ErrAbortHandler)
+	}
+	doc := problemDocument{
+		Type: "https://confman/errors/" + p.kind.slug, Title: p.kind.title, Status: p.kind.status, Detail: p.detail,
+		Instance: c.r.URL.Path, CorrelationID: c.id,
+	}
+	if p.kind == errPrecondition {
+		cur, _ := json.Marshal(p.current) // numbers and strings: cannot fail
+		doc.Current = cur
+	}
+	if c.writes() && c.route != nil {
+		doc.Outcome = cmp.Or(p.kind.outcome, "not-applied")
+	}
+	var b bytes.Buffer
+	enc := json.NewEncoder(&b)
+	enc.SetEscapeHTML(false)
+	enc.Encode(doc)
+	h := c.w.Header()
+	if s := p.kind.status; s == http.StatusServiceUnavailable || s == http.StatusTooManyRequests {
+		h["Retry-After"] = []string{"1"}
+	}
+	if c.writes() && c.r.ContentLength > maxBody {
+		h["Connection"] = []string{"close"} // rather than read what is refused
+	}
+	h.Del("ETag")
+	h["Content-Type"] = typeProblem
+	h["Content-Length"] = []string{strconv.Itoa(b.Len())}
+	c.w.WriteHeader(p.kind.status)
+	c.w.Write(b.Bytes())
+}
+
+// slow is from when on a read that went well is worth a line in the log.
+const slow = 100 * time.Millisecond
+
+// observe logs a request: writes, refusals, errors and slow ones at Info.
+func (c *call) observe(status int, err error) {
+	took := time.Since(c.start)
+	level := slog.LevelDebug
+	switch {
+	case status >= 500 && errors.Is(err, errInternal):
+		level = slog.LevelError
+	case err != nil, c.writes(), took > slow:
+		level = slog.LevelInfo
+	}
+	ctx := context.Background()
+	if !c.s.log.Enabled(ctx, level) {
+		return
+	}
+	name := "none"
+	if c.route != nil {
+		name = c.route.pattern
+	}
+	attrs := make([]slog.Attr, 0, 10)
+	attrs = append(attrs, slog.String("method", clip(c.r.Method, 20)), slog.String("route", name), slog.Int("status", status),
+		slog.Duration("duration", took), slog.String("correlationId", c.id), slog.String("principal", c.who.principal),
+		slog.Uint64("revision", c.rev), slog.String("source", clientIP(c.r)))
+	if err != nil {
+		attrs = append(attrs, slog.String("error", err.Error()))
+	}
+	c.s.log.LogAttrs(ctx, level, "request", attrs...)
+}
+
+// clientIP is the address that the connection proves.
+func clientIP(r *http.Request) string {
+	host, _, err := net.SplitHostPort(r.RemoteAddr)
+	if err != nil {
+		return r.RemoteAddr
+	}
+	return host
+}
+
+// A kind is one kind of problem. As an error it is what errors.Is looks for.
+type kind struct {
+	slug    string
+	status  int
+	title   string
+	outcome string // of a write; not-applied unless said
+}
+
+func (k *kind) Error() string { return k.slug }
+
+// because makes a problem of kind k; the text says what to do next and goes to the client.
+func (k *kind) because(format string, args ...any) error {
+	return &problem{kind: k, detail: fmt.Sprintf(format, args...)}
+}
+
+// These are every failure that a client can cause or must expect. What is not here is our
+// own fault: a 500 that tells the client nothing and the log everything.
+var (
+	errBadRequest           = &kind{slug: "bad-request", status: 400, title: "Bad Request"}
+	errUnauthorized         = &kind{slug: "unauthorized", status: 401, title: "Unauthorized"}
+	errForbidden            = &kind{slug: "forbidden", status: 403, title: "Forbidden"}
+	errNotFound             = &kind{slug: "not-found", status: 404, title: "Not Found"}
+	errMethodNotAllowed     = &kind{slug: "method-not-allowed", status: 405, title: "Method Not Allowed"}
+	errConflict             = &kind{slug: "conflict", status: 409, title: "Conflict"}
+	errGone                 = &kind{slug: "gone", status: 410, title: "Older Than The Trail Keeps"}
+	errPrecondition         = &kind{slug: "precondition-failed", status: 412, title: "Precondition Failed"}
+	errTooLarge             = &kind{slug: "too-large", status: 413, title: "Too Large"}
+	errUnsupportedMediaType = &kind{slug: "unsupported-media-type", status: 415, title: "Unsupported Media Type"}
+	errInvalidValue         = &kind{slug: "invalid-value", status: 422, title: "Invalid Value"}
+	errNotLeader            = &kind{slug: "not-leader", status: 307, title: "Not The Leader"}
+	errNoLeader             = &kind{slug: "no-leader", status: 503, title: "No Leader"}
+	errStaleRead            = &kind{slug: "stale-read", status: 503, title: "Too Far Behind"}
+	errUnavailable          = &kind{slug: "unavailable", status: 503, title: "Unavailable"}
+	errUnknown              = &kind{slug: "outcome-unknown", status: 504, title: "Outcome Unknown", outcome: "unknown"}
+	errInternal             = &kind{slug: "internal", status: 500, title: "Internal Error", outcome: "unknown"}
+)
+
+// A problem is an error that a client is told about.
+type problem struct {
+	kind    *kind
+	detail  string
+	cause   error    // for the log only
+	current *current // of a failed precondition
+}
+
+func (p *problem) Error() string {
+	if p.cause != nil {
+		return fmt.Sprintf("%s: %s: %v", p.kind.slug, p.detail, p.cause)
+	}
+	return p.kind.slug + ": " + p.detail
+}
+
+func (p *problem) Unwrap() error { return p.kind }
+
+// in says which member of a body the problem is in.
+func (p *problem) in(member string) error {
+	q := *p
+	q.detail = strconv.Quote(clip(member, 100)) + ": " + p.detail
+	return &q
+}
+
+func preconditionFailed(cur *current, detail string) error {
+	return &problem{kind: errPrecondition, detail: detail, current: cur}
+}
+
+// problemOf is the problem in err, or an internal one that hides it.
+func problemOf(err error) *problem {
+	var p *problem
+	if errors.As(err, &p) {
+		return p
+	}
+	return &problem{kind: errInternal, detail: "the node's log has the cause under this correlation id", cause: err}
+}
+
+// A problemDocument is an RFC 9457 document.
+type problemDocument struct {
+	Type          string          `json:"type"`
+	Title         string          `json:"title"`
+	Status        int             `json:"status"`
+	Detail        string          `json:"detail"`
+	Instance      string          `json:"instance"`
+	CorrelationID string          `json:"correlationId"`
+	Outcome       string          `json:"outcome,omitempty"`
+	Current       json.RawMessage `json:"current,omitempty"`
+}
+
+// A page is an answer that lists items. It is put together inside a transaction and sent
+// when that is over.
+type page struct {
+	limit, n int
+	pooled   *[]byte
+	buf      []byte
+	next     string // cursor of the next page, empty at the end
+}
+
+// maxPage is the size at which a page ends early, in bytes.
+const maxPage = 8 << 20
+
+func newPage(limit int) *page {
+	b := getBuffer()
+	return &page{limit: limit, pooled: b, buf: append((*b)[:0], `{"items":[`...)}
+}
+
+// free gives the buffer back. Nothing of the page may be used any more.
+func (p *page) free() {
+	*p.pooled = p.buf
+	putBuffer(p.pooled)
+}
+
+func (p *page) full() bool { return p.n == p.limit || len(p.buf) >= maxPage }
+
+// add appends one item, which is JSON.
+func (p *page) add(item []byte) {
+	if p.n > 0 {
+		p.buf = append(p.buf, ',')
+	}
+	p.n++
+	p.buf = append(p.buf, item...)
+}
+
+// addLine makes the page lines of text instead.
+func (p *page) addLine(line string) {
+	if p.n == 0 {
+		p.buf = p.buf[:0]
+	}
+	p.n++
+	p.buf = append(append(p.buf, line...), '\n')
+}
+
+// send answers with the page as JSON.
+func (p *page) send(c *call) error {
+	p.buf = append(p.buf, `],"pagination":{"limit":`...)
+	p.buf = strconv.AppendInt(p.buf, int64(p.limit), 10)
+	p.buf = append(p.buf, `,"hasMore":`...)
+	p.buf = strconv.AppendBool(p.buf, p.next != "")
+	p.buf = append(p.buf, `,"nextCursor":`...)
+	if p.next == "" {
+		p.buf = append(p.buf, "null"...)
+	} else {
+		p.buf = append(append(append(p.buf, '"'), p.next...), '"')
+	}
+	p.buf = append(p.buf, "}}"...)
+	return c.sendJSON(http.StatusOK, p.buf)
+}

@@ -1,0 +1,517 @@
+// Confman keeps configuration for distributed systems: one program that runs on every
+// node of a small cluster, agrees by Raft and is used with curl.
+//
+//	confman [-config FILE] [-node ID] [-data DIR] [-log text|json]
+//
+// Without -config it is a cluster of one node on 127.0.0.1, with data in ./data and an
+// admin key that it makes and prints. README.md is the manual.
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"crypto/rand"
+	"encoding/base64"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/go-json-experiment/json"
+	"github.com/go-json-experiment/json/jsontext"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop) // a second signal ends the process at once
+
+	switch err := run(ctx, os.Args[1:], os.Stdout); {
+	case err == nil, errors.Is(err, flag.ErrHelp):
+	case errors.Is(err, errUsage):
+		fmt.Fprintf(os.Stderr, "confman: %s\n", flat(err))
+		os.Exit(2)
+	default:
+		fmt.Fprintf(os.Stderr, "confman: %s\n", flat(err))
+		os.Exit(1)
+	}
+}
+
+// flat keeps an error on one line, whatever file names and values it quotes.
+func flat(err error) string { return strings.ReplaceAll(err.Error(), "\n", " ") }
+
+// run is the whole life of a node. It returns when ctx is cancelled and everything is
+// closed, or when something that the node cannot live without fails; then nothing is
+// closed, for the process is about to end and must not write any more.
+func run(ctx context.Context, args []string, stdout io.Writer) error {
+	syscall.Umask(0o077) // raft's snapshot store makes files for everyone
+	cfg, err := configure(args)
+	if err != nil {
+		return err
+	}
+	log := cfg.logger()
+	slog.SetDefault(log)
+
+	// Listen first: it finds out whether this node runs already, and the others may call.
+	me := cfg.self()
+	host := cmp.Or(cfg.Cluster.Listen, me.Address)
+	api, err := net.Listen("tcp", hostPort(host, me.ApiPort))
+	if err != nil {
+		return err
+	}
+	peers, err := net.Listen("tcp", hostPort(host, me.RaftPort))
+	if err != nil {
+		return err
+	}
+	dir := filepath.Join(cfg.Storage.DataPath, me.Id)
+	if err := makeDir(dir); err != nil {
+		return err
+	}
+	lock, err := lockDir(dir)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	made, err := cfg.ownKey(dir)
+	if err != nil {
+		return err
+	}
+	start := time.Now()
+	if err := removeTemporary(dir); err != nil {
+		return err
+	}
+	st, how, err := openStore(dir)
+	if err != nil {
+		return err
+	}
+	log.Info("state opened", "how", how, "revision", st.at().rev, "took", time.Since(start))
+	n, err := startRaft(cfg, dir, st, peers, log)
+	if err != nil {
+		return err
+	}
+
+	s := newServer(cfg, st, n, log)
+	srv := &http.Server{
+		Handler:           s,
+		ReadHeaderTimeout: 5 * time.Second,
+		IdleTimeout:       2 * time.Minute,
+		MaxHeaderBytes:    64 << 10,
+		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+	}
+	served := make(chan error, 1)
+	go func() { served <- srv.Serve(api) }()
+	fmt.Fprintf(stdout, "listening http=%s raft=%s\n", api.Addr(), peers.Addr())
+	go cfg.greet(ctx, stdout, n, made)
+
+	select {
+	case err := <-served:
+		return fmt.Errorf("serve %s: %w", api.Addr(), err)
+	case err := <-n.failed:
+		return err
+	case <-ctx.Done():
+	}
+	log.Info("shutting down")
+	// ctx is over; saying goodbye needs a clock of its own. A node that fails while it does
+	// so still fails.
+	bye := make(chan error, 1)
+	go func() { bye <- s.goodbye(srv) }()
+	select {
+	case err = <-bye:
+	case err = <-n.failed:
+	}
+	return err
+}
+
+// goodbye ends a node in the order that costs its clients least: no new write begins,
+// those that are open end, another node leads and is named to whoever still writes here,
+// and then all connections end.
+func (s *server) goodbye(srv *http.Server) error {
+	ctx, cancel := context.WithTimeout(context.Background(), s.cfg.requestTimeout()+5*time.Second)
+	defer cancel()
+	s.stopping.Store(draining)
+	for s.writes.Load() > 0 && ctx.Err() == nil {
+		time.Sleep(time.Millisecond) // the pace of the question; writes end by themselves
+	}
+	if len(s.cfg.Cluster.Nodes) > 1 {
+		s.node.handOver()
+		s.stopping.Store(handedOver)
+		time.Sleep(500 * time.Millisecond) // the contract's half second
+	}
+	err := srv.Shutdown(ctx)
+	if errors.Is(err, context.DeadlineExceeded) {
+		s.log.Warn("requests still open are cut")
+		err = srv.Close()
+	}
+	return errors.Join(err, s.node.Close(), s.store.Close())
+}
+
+// makeDir makes a data directory that survives the machine.
+func makeDir(dir string) error {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	if err := syncDir(dir); err != nil {
+		return err
+	}
+	return syncDir(filepath.Dir(dir))
+}
+
+// A config is the configuration file. Times are milliseconds. Member names are matched
+// without regard to case.
+type config struct {
+	Cluster struct {
+		NodeId string // which of Nodes this is; -node overrides it
+		Nodes  []nodeConfig
+		Listen string // host to listen on; empty: the node's own Address
+		// LowerElectionTimeout is how long a follower waits for its leader before it stands
+		// for election; raft draws from it to twice that.
+		LowerElectionTimeout int
+		UpperElectionTimeout int // if given, twice the lower
+		RequestTimeout       int // how long a write may take
+		MaxStaleness         int // how far behind a plain read may be
+		Forward              bool
+	}
+	Storage struct {
+		DataPath string
+	}
+	Auth struct {
+		ApiKeys []apiKey
+	}
+
+	format string // of the log: text or json
+	keyIn  string // the made key's file; empty with a configuration file
+}
+
+type nodeConfig struct {
+	Id       string
+	Address  string
+	ApiPort  int
+	RaftPort int
+}
+
+type apiKey struct {
+	Key       string
+	Name      string
+	Principal string
+	Role      string
+}
+
+// actor is who the audit trail says did it.
+func (k apiKey) actor() string { return cmp.Or(k.Principal, k.Name) }
+
+// self is the node that this process is.
+func (c *config) self() nodeConfig {
+	for _, n := range c.Cluster.Nodes {
+		if n.Id == c.Cluster.NodeId {
+			return n
+		}
+	}
+	return nodeConfig{}
+}
+
+// hostPort joins the two; an IPv6 address gets its brackets.
+func hostPort(host string, port int) string { return net.JoinHostPort(host, strconv.Itoa(port)) }
+
+// logger writes to standard error. CONFMAN_DEBUG lets the lines below Info through.
+func (c *config) logger() *slog.Logger {
+	opts := &slog.HandlerOptions{}
+	if os.Getenv("CONFMAN_DEBUG") != "" {
+		opts.Level = slog.LevelDebug
+	}
+	var h slog.Handler = slog.NewTextHandler(os.Stderr, opts)
+	if c.format == "json" {
+		h = slog.NewJSONHandler(os.Stderr, opts)
+	}
+	return slog.New(h).With("node", c.Cluster.NodeId)
+}
+
+// errUsage is in every error that is a mistake in the arguments or in the configuration
+// file: exit status 2.
+var errUsage = errors.New("usage")
+
+// A mistake is an error of that kind.
+type mistake string
+
+func (m mistake) Error() string   { return string(m) }
+func (m mistake) Is(e error) bool { return e == errUsage }
+
+func mistaken(format string, args ...any) error { return mistake(fmt.Sprintf(format, args...)) }
+
+// configure reads the arguments and the file that they name.
+func configure(args []string) (*config, error) {
+	flags := flag.NewFlagSet("confman", flag.ContinueOnError)
+	file := flags.String("config", "", "configuration `file`; without it, a single node on 127.0.0.1")
+	id := flags.String("node", "", "`id` of this node, one of Cluster.Nodes")
+	data := flags.String("data", "", "`directory` of all data, in place of Storage.DataPath")
+	format := flags.String("log", "text", "`format` of the log on standard error: text or json")
+	var said bytes.Buffer // its words go out as one line, like every mistake
+	flags.SetOutput(&said)
+	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
+		os.Stderr.Write(said.Bytes())
+		return nil, err
+	} else if err != nil {
+		return nil, mistaken("%v; -help lists the flags", err)
+	}
+	if flags.NArg() > 0 {
+		return nil, mistaken("unexpected argument %q; -help lists the flags", flags.Arg(0))
+	}
+	if *format != "text" && *format != "json" {
+		return nil, mistaken("-log %q: must be text or json", *format)
+	}
+	var c *config
+	if *file != "" {
+		var err error
+		if c, err = loadConfig(*file, *id); err != nil {
+			return nil, err
+		}
+	} else {
+		c = defaults()
+		c.Cluster.NodeId = cmp.Or(*id, "node1")
+		c.Cluster.Nodes = []nodeConfig{{Id: c.Cluster.NodeId, Address: "127.0.0.1", ApiPort: 5000, RaftPort: 5001}}
+		if !nodeID.MatchString(c.Cluster.NodeId) {
+			return nil, mistaken("-node %q: must match %s", c.Cluster.NodeId, nodeID)
+		}
+		c.keyIn = "admin.key"
+	}
+	c.format = *format
+	c.Storage.DataPath = cmp.Or(*data, c.Storage.DataPath)
+	return c, nil
+}
+
+func defaults() *config {
+	c := &config{}
+	c.Cluster.LowerElectionTimeout = 300
+	c.Cluster.RequestTimeout = 5000
+	c.Cluster.MaxStaleness = 5000
+	c.Storage.DataPath = "./data"
+	return c
+}
+
+// nodeID is what a node may be called. It names a directory.
+var nodeID = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)
+
+// loadConfig reads a configuration file, checked whole. nodeID, if not empty, replaces
+// Cluster.NodeId. Errors name file and member, on one line.
+func loadConfig(path, id string) (*config, error) {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return nil, mistaken("%v", err)
+	}
+	c := defaults()
+	err = json.Unmarshal(b, c, json.MatchCaseInsensitiveNames(true), json.RejectUnknownMembers(true))
+	if err != nil {
+		return nil, mistaken("%s: %s", path, explain(err, b))
+	}
+	c.Cluster.NodeId = cmp.Or(id, c.Cluster.NodeId)
+	if err := c.check(); err != nil {
+		return nil, mistaken("%s: %v", path, err)
+	}
+	return c, nil
+}
+
+// explain says where in the file the decoder stumbled.
+func explain(err error, b []byte) string {
+	line := func(offset int64) int { return 1 + bytes.Count(b[:min(offset, int64(len(b)))], []byte("\n")) }
+	name := func(p jsontext.Pointer) string {
+		s := ""
+		for t := range p.Tokens() {
+			if _, err := strconv.Atoi(t); err == nil {
+				s += "[" + t + "]"
+			} else {
+				s += "." + t
+			}
+		}
+		return cmp.Or(strings.TrimPrefix(s, "."), "the document")
+	}
+	var sem *json.SemanticError
+	var syn *jsontext.SyntacticError
+	switch {
+	case errors.As(err, &sem):
+		at := fmt.Sprintf("line %d: %s", line(sem.ByteOffset), name(sem.JSONPointer))
+		switch {
+		case errors.Is(err, json.ErrUnknownName) && strings.EqualFold(name(sem.JSONPointer), "Cluster.members"):
+			return at + ": this form is no longer read; list the nodes in Cluster.Nodes"
+		case errors.Is(err, json.ErrUnknownName):
+			return at + ": unknown member"
+		}
+		return fmt.Sprintf("%s: wrong kind of value (%s)", at, sem.JSONKind)
+	case errors.As(err, &syn):
+		if errors.Is(err, jsontext.ErrDuplicateName) {
+			return fmt.Sprintf("line %d: %s: given twice", line(syn.ByteOffset), name(syn.JSONPointer))
+		}
+		return fmt.Sprintf("line %d: not JSON: %s", line(syn.ByteOffset), strings.TrimPrefix(syn.Err.Error(), "jsontext: "))
+	case errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, io.EOF):
+		return "not JSON: it ends early"
+	}
+	return err.Error()
+}
+
+// check finds the first mistake; its error begins with the member's name.
+func (c *config) check() error {
+	cl := &c.Cluster
+	if len(cl.Nodes) == 0 {
+		return errors.New("Cluster.Nodes: missing; list every node with Id, Address, ApiPort and RaftPort")
+	}
+	ids, ports := map[string]int{}, map[string]string{}
+	for i, n := range cl.Nodes {
+		at := fmt.Sprintf("Cluster.Nodes[%d]", i)
+		if !nodeID.MatchString(n.Id) {
+			return fmt.Errorf("%s.Id: %q must match %s", at, n.Id, nodeID)
+		}
+		// Ids name directories, and file systems exist that ignore case.
+		if j, ok := ids[strings.ToLower(n.Id)]; ok {
+			return fmt.Errorf("%s.Id: %q is the id of Cluster.Nodes[%d] too", at, n.Id, j)
+		}
+		ids[strings.ToLower(n.Id)] = i
+		if err := checkHost(n.Address); err != nil {
+			return fmt.Errorf("%s.Address: %w", at, err)
+		}
+		for _, p := range []struct {
+			name string
+			port int
+		}{{"ApiPort", n.ApiPort}, {"RaftPort", n.RaftPort}} {
+			if p.port < 1 || p.port > 65535 {
+				return fmt.Errorf("%s.%s: %d must be 1 to 65535", at, p.name, p.port)
+			}
+			addr := hostPort(strings.ToLower(n.Address), p.port)
+			if other, ok := ports[addr]; ok {
+				return fmt.Errorf("%s.%s: %s is the address of %s too", at, p.name, addr, other)
+			}
+			ports[addr] = at + "." + p.name
+		}
+	}
+	if cl.NodeId == "" {
+		return errors.New("Cluster.NodeId: missing; give it here or with -node")
+	}
+	if c.self().Id == "" {
+		return fmt.Errorf("Cluster.NodeId: %q is not one of Cluster.Nodes", cl.NodeId)
+	}
+	if cl.Listen != "" {
+		if host := strings.Trim(cl.Listen, "[]"); strings.Contains(host, "/") || strings.Contains(host, " ") {
+			return fmt.Errorf("Cluster.Listen: %q is not a host", cl.Listen)
+		}
+	}
+	for _, t := range []struct {
+		name       string
+		value, low int
+	}{
+		{"LowerElectionTimeout", cl.LowerElectionTimeout, 10},
+		{"RequestTimeout", cl.RequestTimeout, 100},
+		{"MaxStaleness", cl.MaxStaleness, 100},
+	} {
+		if t.value < t.low || t.value > 600_000 {
+			return fmt.Errorf("Cluster.%s: %d must be %d to 600000 milliseconds", t.name, t.value, t.low)
+		}
+	}
+	if cl.UpperElectionTimeout == 0 {
+		cl.UpperElectionTimeout = 2 * cl.LowerElectionTimeout
+	}
+	if cl.UpperElectionTimeout != 2*cl.LowerElectionTimeout {
+		return fmt.Errorf("Cluster.UpperElectionTimeout: %d must be twice LowerElectionTimeout, %d", cl.UpperElectionTimeout, 2*cl.LowerElectionTimeout)
+	}
+	if c.Storage.DataPath == "" {
+		return errors.New("Storage.DataPath: empty; leave it out for ./data")
+	}
+	if len(c.Auth.ApiKeys) == 0 {
+		return errors.New("Auth.ApiKeys: missing; without a key nobody can use the API")
+	}
+	keys := map[string]int{}
+	for i, k := range c.Auth.ApiKeys {
+		at := fmt.Sprintf("Auth.ApiKeys[%d]", i)
+		if k.Key == "" || strings.TrimSpace(k.Key) != k.Key || strings.ContainsFunc(k.Key, func(r rune) bool { return r < ' ' || r > '~' }) {
+			return fmt.Errorf("%s.Key: missing, or not printable ASCII as a header needs", at)
+		}
+		if j, ok := keys[k.Key]; ok {
+			return fmt.Errorf("%s.Key: the same as that of Auth.ApiKeys[%d]", at, j)
+		}
+		keys[k.Key] = i
+		if k.actor() == "" {
+			return fmt.Errorf("%s.Name: missing, and so is Principal; the audit trail needs one", at)
+		}
+		if strings.ContainsFunc(k.actor(), isControl) {
+			return fmt.Errorf("%s.Principal: holds a control character", at)
+		}
+		if roles[k.Role] == public {
+			return fmt.Errorf("%s.Role: %q must be reader or admin", at, k.Role)
+		}
+	}
+	return nil
+}
+
+// checkHost refuses an address by which other nodes cannot find this one.
+func checkHost(host string) error {
+	if host == "" {
+		return errors.New("missing")
+	}
+	if ip := net.ParseIP(host); ip != nil {
+		if ip.IsUnspecified() {
+			return fmt.Errorf("%s is no node's own address; listen on it with Cluster.Listen", host)
+		}
+		return nil
+	}
+	if len(host) > 253 || !hostName.MatchString(host) {
+		return fmt.Errorf("%q is neither an IP address nor a host name", host)
+	}
+	return nil
+}
+
+var hostName = regexp.MustCompile(`^[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?$`)
+
+// ownKey gives a node without a configuration file its admin key, made at the first start
+// and kept in dir. made says that this is that start.
+func (c *config) ownKey(dir string) (made bool, err error) {
+	if c.keyIn == "" {
+		return false, nil
+	}
+	c.keyIn = filepath.Join(dir, c.keyIn)
+	b, err := os.ReadFile(c.keyIn)
+	if os.IsNotExist(err) {
+		secret := make([]byte, 32)
+		rand.Read(secret)
+		b = []byte("cm_" + base64.RawURLEncoding.EncodeToString(secret) + "\n")
+		made, err = true, writeFileSync(c.keyIn, b)
+	}
+	if err != nil {
+		return false, err
+	}
+	key := strings.TrimSpace(string(b))
+	if key == "" {
+		return false, fmt.Errorf("%s is empty; remove it and a new key is made", c.keyIn)
+	}
+	c.Auth.ApiKeys = []apiKey{{Key: key, Name: "admin", Principal: "admin", Role: "admin"}}
+	return made, nil
+}
+
+// greet tells who starts a node without a configuration file how to use it, once it can
+// be used.
+func (c *config) greet(ctx context.Context, w io.Writer, n *raftNode, made bool) {
+	if c.keyIn == "" {
+		return
+	}
+	for !n.leads() {
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(5 * time.Millisecond): // the pace of the question
+		}
+	}
+	if !made {
+		fmt.Fprintf(w, "admin key in %s\n", c.keyIn)
+		return
+	}
+	key := c.Auth.ApiKeys[0].Key
+	_, api := n.leader()
+	fmt.Fprintf(w, "admin key %s, kept in %s\ntry:\n", key, c.keyIn)
+	fmt.Fprintf(w, "curl -X PUT -H 'X-API-Key: %s' -d '{\"value\":\"hello\"}' %s/api/v1/config/demo/greeting\n", key, api)
+}
