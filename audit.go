@@ -136,14 +136,26 @@ func stamp(nanos int64) string {
 // else: no event is decoded to be passed over.
 type eventFilter [][]byte
 
-func newEventFilter(key, actor, correlationID string) eventFilter {
+// eventFilter reads the parameters that select events. The namespace of the route is part
+// of it.
+func (c *call) eventFilter() (eventFilter, error) {
 	var f eventFilter
-	for _, m := range []struct{ name, value string }{{"key", key}, {"actor", actor}, {"correlationId", correlationID}} {
-		if m.value != "" {
-			f = append(f, append(appendString([]byte(`,"`+m.name+`":`), m.value), ','))
-		}
+	add := func(name, value string) {
+		f = append(f, append(appendString([]byte(`,"`+name+`":`), value), ','))
 	}
-	return f
+	if c.ns != "" {
+		add("namespace", c.ns)
+	}
+	for _, name := range []string{"key", "actor", "correlationId"} {
+		if !c.q.Has(name) {
+			continue
+		}
+		if c.q.Get(name) == "" {
+			return nil, errBadRequest.because("the parameter %s is empty; give a value or leave it out", name)
+		}
+		add(name, c.q.Get(name))
+	}
+	return f, nil
 }
 
 func (f eventFilter) match(stored []byte) bool {
@@ -184,12 +196,10 @@ func (s *server) audit(c *call, ns string) error {
 		}
 		from = placeAt(cur)
 	}
-	for _, name := range []string{"key", "actor", "correlationId"} {
-		if c.q.Has(name) && c.q.Get(name) == "" {
-			return errBadRequest.because("the parameter %s is empty; give a value or leave it out", name)
-		}
+	filter, err := c.eventFilter()
+	if err != nil {
+		return err
 	}
-	filter := newEventFilter(c.q.Get("key"), c.q.Get("actor"), c.q.Get("correlationId"))
 	if err := s.fresh(c); err != nil {
 		return err
 	}

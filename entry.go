@@ -264,12 +264,28 @@ func (c *condition) read(call *call, cur *current) (done bool, err error) {
 		return false, (&condition{hasMatch: true, match: c.match}).check(cur)
 	}
 	if c.hasNone && tagsHold(c.noneAny, c.none, cur) {
+		if call.waiting {
+			return false, errUnchanged
+		}
 		return true, call.sendNothing(http.StatusNotModified)
 	}
 	return false, nil
 }
 
-// getEntryHandler answers one entry; its ETag is its revision.
+// missing decides the condition of a GET of something that is not there, as err says.
+func (c *condition) missing(call *call, err error) error {
+	switch {
+	case problemOf(err).kind != errNotFound:
+		return err
+	case c.hasMatch:
+		return c.check(nil)
+	case call.waiting && !c.hasNone:
+		return errUnchanged
+	}
+	return err
+}
+
+// getEntry answers one entry; its ETag is its revision.
 func (s *server) getEntry(c *call) error {
 	raw, err := c.flag("raw")
 	if err != nil {
@@ -299,10 +315,7 @@ func (s *server) getEntry(c *call) error {
 	rev, cur, err := readEntry(tx, k, c, version, cond.given(), buf)
 	tx.Rollback()
 	if err != nil {
-		if cond.hasMatch && problemOf(err).kind == errNotFound && version == 0 {
-			return cond.check(nil)
-		}
-		return err
+		return cond.missing(c, err)
 	}
 	c.setETag(rev)
 	c.sawRevision(rev)

@@ -33,6 +33,10 @@ type command struct {
 	Source  string    `json:"source"`            // the client's IP address
 	ID      string    `json:"id"`                // the correlation id
 	At      int64     `json:"at"`                // the leader's clock, nanoseconds since 1970
+	// Until is when the leader gives the request up, by its clock, nanoseconds since 1970. raft
+	// notes when it appends an entry; one that was appended later changes nothing, so that whoever
+	// was told "unknown" knows after that time that the write is in the log or never will be.
+	Until int64 `json:"until,omitempty"`
 }
 
 // A change is a new value of one key, or its removal if Value is nil.
@@ -134,6 +138,10 @@ func (s *store) apply(logs []*raft.Log) ([]any, error) {
 			if err != nil {
 				return fmt.Errorf("raft entry %d is not a command: %w", l.Index, err)
 			}
+			if c.Until != 0 && l.AppendedAt.UnixNano() > c.Until {
+				out[i] = &result{err: errUnavailable.because("the request waited too long to be proposed; try again")}
+				continue
+			}
 			res, err := b.run(c)
 			if err != nil {
 				return fmt.Errorf("raft entry %d: %w", l.Index, err)
@@ -150,6 +158,7 @@ func (s *store) apply(logs []*raft.Log) ([]any, error) {
 	}
 	if b.pos.rev != old.rev {
 		s.changed.ring() // after the commit, so whoever wakes finds the change
+		s.watches.ring(append(b.touched, nil))
 	}
 	return out, nil
 }
@@ -161,6 +170,7 @@ type batch struct {
 	pos           position              // as the transaction has it so far
 	namespaces    map[string]*namespace // those looked up; written by finish if dirty
 	dirty         []string
+	touched       [][]byte // what changed, as watches names it
 }
 
 func (b *batch) open(tx *bbolt.Tx) {
@@ -210,6 +220,7 @@ func (b *batch) touch(ns string, n *namespace) {
 	n.rev = b.pos.rev
 	if !slices.Contains(b.dirty, ns) {
 		b.dirty = append(b.dirty, ns)
+		b.touched = append(b.touched, []byte(ns))
 	}
 }
 
@@ -319,6 +330,7 @@ func (b *batch) change(c *command) (*result, error) {
 	res := &result{rev: b.pos.rev, etag: b.pos.rev, changed: len(work), created: !olds[work[0]].ok}
 	for i, w := range work {
 		ch, f := c.Changes[w], &olds[w]
+		b.touched = append(b.touched, f.key)
 		at := place{b.pos.rev, uint16(i)}
 		ev := &event{
 			ID: strconv.FormatUint(at.rev, 10) + "-" + strconv.Itoa(i), Revision: at.rev, Timestamp: now,

@@ -37,8 +37,10 @@ type server struct {
 	log   *slog.Logger
 	mux   *http.ServeMux
 
-	stopping atomic.Int32 // a stage of shutdown: serving, draining or handedOver
-	writes   atomic.Int64 // writes that are being answered
+	stopping atomic.Int32  // a stage of shutdown: serving, draining or handedOver
+	writes   atomic.Int64  // writes that are being answered
+	ending   chan struct{} // closed when waits and streams are to end
+	watches  *watches      // the store's
 }
 
 // The stages of a shutdown, see server.drain.
@@ -58,30 +60,31 @@ type route struct {
 }
 
 // reads are the parameters of every read of replicated state.
-const reads = " stale"
+const reads = " stale consistent"
 
 // routes is every route of the program.
 func (s *server) routes() []route {
 	return []route{
-		{"GET", "/api/v1/config/{ns}/{key...}", reader, "raw version" + reads, s.getEntry},
+		{"GET", "/api/v1/config/{ns}/{key...}", reader, "raw version wait" + reads, s.waits(entrySubject, s.getEntry)},
 		{"PUT", "/api/v1/config/{ns}/{key...}", admin, "raw type", s.putEntry},
 		{"DELETE", "/api/v1/config/{ns}/{key...}", admin, "", s.deleteEntry},
-		{"GET", "/api/v1/config/{ns}", reader, "prefix limit cursor" + reads, s.listEntries},
+		{"GET", "/api/v1/config/{ns}", reader, "prefix limit cursor wait" + reads, s.waits(namespaceSubject, s.listEntries)},
 		{"PATCH", "/api/v1/config/{ns}", admin, "", s.patchEntries},
 		{"GET", "/api/v1/namespaces", reader, "prefix limit cursor" + reads, s.listNamespaces},
-		{"GET", "/api/v1/namespaces/{ns}", reader, strings.TrimSpace(reads), s.getNamespace},
+		{"GET", "/api/v1/namespaces/{ns}", reader, "wait" + reads, s.waits(namespaceSubject, s.getNamespace)},
 		{"PUT", "/api/v1/namespaces/{ns}", admin, "", s.putNamespace},
 		{"DELETE", "/api/v1/namespaces/{ns}", admin, "", s.deleteNamespace},
-		{"GET", "/api/v1/namespaces/{ns}/keys", reader, "prefix limit cursor" + reads, s.listKeys},
-		{"GET", "/api/v1/audit/{ns}", reader, "limit cursor key actor correlationId since" + reads, s.listAudit},
-		{"GET", "/api/v1/audit", admin, "limit cursor key actor correlationId since" + reads, s.listAllAudit},
+		{"GET", "/api/v1/namespaces/{ns}/keys", reader, "prefix limit cursor wait" + reads, s.waits(namespaceSubject, s.listKeys)},
+		{"GET", "/api/v1/audit/{ns}", reader, "limit cursor key actor correlationId since" + reads, s.streamed(s.listAudit)},
+		{"GET", "/api/v1/audit", admin, "limit cursor key actor correlationId since" + reads, s.streamed(s.listAllAudit)},
 		{"GET", "/health", public, "", s.health},
 		{"GET", "/health/ready", public, "", s.ready},
 	}
 }
 
 func newServer(cfg *config, st *store, n *raftNode, log *slog.Logger) *server {
-	s := &server{cfg: cfg, store: st, node: n, auth: newAuth(cfg.Auth.ApiKeys), log: log, mux: http.NewServeMux()}
+	s := &server{cfg: cfg, store: st, node: n, auth: newAuth(cfg.Auth.ApiKeys), log: log, mux: http.NewServeMux(),
+		ending: make(chan struct{}), watches: &st.watches}
 	methods := map[string]map[string]*route{}
 	for _, rt := range s.routes() {
 		if methods[rt.pattern] == nil {
@@ -160,6 +163,10 @@ type call struct {
 	start   time.Time
 	api     bool   // under /api
 	rev     uint64 // revision in the answer, for the log
+	reads   bool   // replicated state was read, so the answer says how old it can be
+	form    readForm
+	waiting bool // ?wait: rather than say that nothing changed, return errUnchanged
+	waited  bool // it took its time because it was asked to
 }
 
 // A response remembers the status that went out.
@@ -380,8 +387,10 @@ func (c *call) body() ([]byte, error) {
 	if c.r.ContentLength > maxBody {
 		return nil, errTooLarge.because("the body has %d bytes; at most %d are allowed", c.r.ContentLength, maxBody)
 	}
-	http.NewResponseController(c.w).SetReadDeadline(c.start.Add(bodyTime))
+	rc := http.NewResponseController(c.w)
+	rc.SetReadDeadline(c.start.Add(bodyTime))
 	b, err := io.ReadAll(http.MaxBytesReader(c.w, c.r.Body, maxBody))
+	rc.SetReadDeadline(time.Time{})
 	var tooLarge *http.MaxBytesError
 	if errors.As(err, &tooLarge) {
 		return nil, errTooLarge.because("the body has more than %d bytes", maxBody)
@@ -461,6 +470,9 @@ func (c *call) sawRevision(rev uint64) {
 
 // sendJSON answers with b and a line feed behind it.
 func (c *call) sendJSON(status int, b []byte) error {
+	if err := c.showStaleness(); err != nil {
+		return err
+	}
 	b = append(b, '\n')
 	h := c.w.Header()
 	h["Content-Type"] = typeJSON
@@ -472,6 +484,9 @@ func (c *call) sendJSON(status int, b []byte) error {
 
 // sendText answers with b as it is.
 func (c *call) sendText(b []byte) error {
+	if err := c.showStaleness(); err != nil {
+		return err
+	}
 	h := c.w.Header()
 	h["Content-Type"] = typeText
 	h["X-Content-Type-Options"] = []string{"nosniff"} // a value may look like a page
@@ -482,6 +497,9 @@ func (c *call) sendText(b []byte) error {
 
 // sendNothing answers with a status that has no body.
 func (c *call) sendNothing(status int) error {
+	if err := c.showStaleness(); err != nil {
+		return err
+	}
 	c.w.WriteHeader(status)
 	return nil
 }
@@ -539,7 +557,7 @@ func (c *call) observe(status int, err error) {
 	switch {
 	case status >= 500 && errors.Is(err, errInternal):
 		level = slog.LevelError
-	case err != nil, c.writes(), took > slow:
+	case err != nil, c.writes(), took > slow && !c.waited:
 		level = slog.LevelInfo
 	}
 	ctx := context.Background()
@@ -601,6 +619,7 @@ var (
 	errNotLeader            = &kind{slug: "not-leader", status: 307, title: "Not The Leader"}
 	errNoLeader             = &kind{slug: "no-leader", status: 503, title: "No Leader"}
 	errStaleRead            = &kind{slug: "stale-read", status: 503, title: "Too Far Behind"}
+	errBehind               = &kind{slug: "behind", status: 503, title: "Behind The Revision Asked For"}
 	errUnavailable          = &kind{slug: "unavailable", status: 503, title: "Unavailable"}
 	errUnknown              = &kind{slug: "outcome-unknown", status: 504, title: "Outcome Unknown", outcome: "unknown"}
 	errInternal             = &kind{slug: "internal", status: 500, title: "Internal Error", outcome: "unknown"}

@@ -148,6 +148,7 @@ func (s *server) goodbye(srv *http.Server) error {
 		s.stopping.Store(handedOver)
 		time.Sleep(500 * time.Millisecond) // the contract's half second
 	}
+	close(s.ending)
 	err := srv.Shutdown(ctx)
 	if errors.Is(err, context.DeadlineExceeded) {
 		s.log.Warn("requests still open are cut")

@@ -130,10 +130,7 @@ func (s *server) checkNamespace(c *call, tx *bbolt.Tx, cond condition) (n *names
 		}
 	}
 	if err != nil {
-		if cond.hasMatch && problemOf(err).kind == errNotFound {
-			err = cond.check(nil)
-		}
-		return nil, false, err
+		return nil, false, cond.missing(c, err)
 	}
 	c.setETag(n.rev)
 	c.sawRevision(n.rev)

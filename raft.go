@@ -1,11 +1,9 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log"
 	"log/slog"
 	"net"
@@ -13,7 +11,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -23,6 +20,7 @@ import (
 	"github.com/hashicorp/raft"
 	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
 	"go.etcd.io/bbolt"
+	"golang.org/x/sync/errgroup"
 )
 
 // A raftNode is this process's part in the cluster: raft, its log and its connections.
@@ -35,15 +33,24 @@ type raftNode struct {
 	trans   *raft.NetworkTransport
 	logs    *raftLog
 	members map[string]peer // by node id
-	lock    *os.File        // held while the process uses the data directory
+	port    *port           // raft's connections and the nodes' questions to each other
+	asker   *http.Transport
 
 	// led is the term in which this node leads and has applied everything that earlier
 	// leaders committed; 0 while that is not known.
 	led atomic.Uint64
 
-	stop    chan struct{}
-	failed  chan error    // what the node cannot live without failed; read by run
-	watched chan struct{} // closed when watchLeadership has ended
+	// What waits for a leader's word shares one question: rounds and barriers on the
+	// leader, questions and barrierQuestions on the way to it.
+	rounds, barriers, questions, barrierQuestions shared
+
+	freshSince  atomic.Pointer[time.Time] // see knownFresh; nil while nothing is known
+	leaderClock atomic.Pointer[clockReading]
+
+	ctx    context.Context // over when the node stops
+	stop   context.CancelFunc
+	tasks  errgroup.Group
+	failed chan error // what the node cannot live without failed; read by run
 }
 
 // A peer is where one node of the cluster is reached.
@@ -74,8 +81,9 @@ func lockDir(dir string) (*os.File, error) {
 func startRaft(cfg *config, dir string, st *store, ln net.Listener, logger *slog.Logger) (*raftNode, error) {
 	n := &raftNode{
 		id: cfg.Cluster.NodeId, cfg: cfg, log: logger, store: st, members: map[string]peer{},
-		stop: make(chan struct{}), failed: make(chan error, 1), watched: make(chan struct{}),
+		failed: make(chan error, 1),
 	}
+	n.ctx, n.stop = context.WithCancel(context.Background())
 	var servers []raft.Server
 	for _, m := range cfg.Cluster.Nodes {
 		n.members[m.Id] = peer{raft: hostPort(m.Address, m.RaftPort), api: "http://" + hostPort(m.Address, m.ApiPort)}
@@ -119,8 +127,10 @@ func startRaft(cfg *config, dir string, st *store, ln net.Listener, logger *slog
 			"move it away and let the node join empty", dir, at, max(last, newest))
 	}
 
+	n.port = newPort(n.id, ln, n.members)
+	n.asker = newAsker(n.port)
 	n.trans = raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
-		Stream: &stream{Listener: ln, node: n},
+		Stream: raftStream{n.port},
 		Logger: hlog,
 		// One request in flight: pipelining can wedge on a rejected append while heartbeats
 		// look healthy (hashicorp/raft issue 612), and measured here it gains nothing.
@@ -163,8 +173,18 @@ func startRaft(cfg *config, dir string, st *store, ln net.Listener, logger *slog
 		return nil, fmt.Errorf("start raft in %s: %w", dir, err)
 	}
 	n.logs.mark()
-	go n.watchLeadership()
-	go n.takeSnapshots()
+	n.tasks.Go(n.watchLeadership)
+	n.tasks.Go(n.takeSnapshots)
+	n.tasks.Go(n.keepFresh)
+	n.tasks.Go(func() error {
+		srv := &http.Server{Handler: n.serveAsks(), ReadHeaderTimeout: firstByteTime, MaxHeaderBytes: 4 << 10,
+			ErrorLog: slog.NewLogLogger(logger.Handler(), slog.LevelWarn)}
+		context.AfterFunc(n.ctx, func() { srv.Close() })
+		if err := srv.Serve(askStream{n.port}); !errors.Is(err, http.ErrServerClosed) {
+			return err
+		}
+		return nil
+	})
 	return n, nil
 }
 
@@ -179,12 +199,11 @@ func (n *raftNode) halt(err error) {
 }
 
 // watchLeadership keeps led.
-func (n *raftNode) watchLeadership() {
-	defer close(n.watched)
+func (n *raftNode) watchLeadership() error {
 	for {
 		select {
-		case <-n.stop:
-			return
+		case <-n.ctx.Done():
+			return nil
 		case leads := <-n.raft.LeaderCh():
 			n.led.Store(0)
 			n.store.changed.ring() // readiness may depend on it
@@ -236,24 +255,11 @@ func (n *raftNode) role() string {
 	return "follower"
 }
 
-// staleness is an upper bound on how old a read of this node can be, by an estimate from the
-// last contact with the leader; false where nothing can be said.
-func (n *raftNode) staleness() (time.Duration, bool) {
-	if n.leads() {
-		return 0, true
-	}
-	last := n.raft.LastContact()
-	if last.IsZero() || n.raft.State() == raft.Leader {
-		return 0, false
-	}
-	return time.Since(last), true
-}
-
 // propose commits a command and returns what applying it gave. It gives up at the
 // deadline. Any error says what became of the command: errUnknown that it may or may not be
 // applied, now or later; any other that it is not and will not be.
 func (n *raftNode) propose(cmd *command, deadline time.Time) (*result, error) {
-	cmd.At = time.Now().UnixNano()
+	cmd.At, cmd.Until = time.Now().UnixNano(), deadline.UnixNano()
 	data, err := cmd.encode()
 	if err != nil {
 		return nil, err
@@ -291,7 +297,7 @@ func (n *raftNode) propose(cmd *command, deadline time.Time) (*result, error) {
 // propose fills in who asks and proposes the command.
 func (s *server) propose(c *call, cmd *command) (*result, error) {
 	cmd.Actor, cmd.Source, cmd.ID = c.who.principal, clientIP(c.r), c.id
-	res, err := s.node.propose(cmd, c.start.Add(s.cfg.requestTimeout()))
+	res, err := s.node.propose(cmd, c.deadline())
 	if res != nil {
 		c.sawRevision(max(res.rev, s.store.at().rev))
 	}
@@ -304,117 +310,6 @@ func (s *server) propose(c *call, cmd *command) (*result, error) {
 // requestTimeout is how long a request may take.
 func (c *config) requestTimeout() time.Duration {
 	return time.Duration(c.Cluster.RequestTimeout) * time.Millisecond
-}
-
-// markForwarded is the header of a write that another node passes on; its value is that
-// node's id.
-const markForwarded = "Confman-Forwarded"
-
-// gate decides where a write goes. done says that it is answered; else this node serves it.
-func (s *server) gate(c *call) (done bool, err error) {
-	stage := s.stopping.Load()
-	switch {
-	case stage == draining:
-		return false, errUnavailable.because("this node is shutting down; try again, here or on another node")
-	case stage == serving && s.node.leads():
-		return false, nil
-	case c.r.Header[markForwarded] != nil:
-		return false, errNoLeader.because("this node does not lead, and the write was forwarded already; try again")
-	}
-	id, api := s.node.leader()
-	if id == "" || id == s.node.id {
-		return false, errNoLeader.because("no leader is known; try again")
-	}
-	if stage == handedOver {
-		c.w.Header()["Connection"] = []string{"close"}
-	} else if s.cfg.Cluster.Forward {
-		return true, s.forward(c, id, api)
-	}
-	c.w.Header()["Location"] = []string{api + c.r.URL.RequestURI()}
-	return false, errNotLeader.because("this node follows; send the write to %s (curl -L does)", api)
-}
-
-// forwarder carries forwarded writes. It follows no redirect and asks no proxy.
-var forwarder = &http.Transport{
-	DialContext:         (&net.Dialer{Timeout: 2 * time.Second}).DialContext,
-	MaxIdleConnsPerHost: 256,
-	IdleConnTimeout:     time.Minute,
-	DisableCompression:  true,
-}
-
-// forward passes a write on to the leader with the caller's own key and headers, and
-// answers what it says once this node has applied the write.
-func (s *server) forward(c *call, leader, api string) error {
-	body, err := c.body()
-	if err != nil {
-		return err
-	}
-	ctx, cancel := context.WithDeadline(c.r.Context(), c.start.Add(s.cfg.requestTimeout()))
-	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, c.r.Method, api+c.r.URL.RequestURI(), bytes.NewReader(body))
-	if err != nil {
-		return err
-	}
-	hop := map[string]bool{"Connection": true, "Keep-Alive": true, "Proxy-Connection": true, "Te": true, "Trailer": true,
-		"Transfer-Encoding": true, "Upgrade": true, "Expect": true, "Content-Length": true, "X-Correlation-Id": true}
-	for _, v := range c.r.Header["Connection"] {
-		for name := range strings.SplitSeq(v, ",") {
-			hop[http.CanonicalHeaderKey(strings.TrimSpace(name))] = true
-		}
-	}
-	for name, v := range c.r.Header {
-		if !hop[name] {
-			req.Header[name] = v
-		}
-	}
-	if req.Header["User-Agent"] == nil {
-		req.Header["User-Agent"] = []string{""} // send none rather than Go's
-	}
-	req.Header["X-Correlation-Id"] = []string{c.id}
-	req.Header[markForwarded] = []string{s.node.id}
-	resp, err := forwarder.RoundTrip(req)
-	if err != nil {
-		var op *net.OpError
-		if errors.As(err, &op) && op.Op == "dial" {
-			return &problem{kind: errUnavailable, detail: "the leader cannot be reached; try again", cause: err}
-		}
-		return brokenHop(err)
-	}
-	defer resp.Body.Close()
-	answer, err := io.ReadAll(io.LimitReader(resp.Body, maxPage))
-	if err != nil {
-		return brokenHop(err)
-	}
-	if resp.StatusCode < 300 {
-		rev, err := strconv.ParseUint(resp.Header.Get("Confman-Revision"), 10, 64)
-		if err != nil {
-			return brokenHop(fmt.Errorf("leader %s: Confman-Revision: %w", leader, err))
-		}
-		if !s.store.waitFor(ctx, rev) {
-			return errUnknown.because("the leader made the write as revision %d, but this node has not applied it in time", rev)
-		}
-	}
-	h := c.w.Header()
-	for _, name := range []string{"Content-Type", "Etag", "Retry-After", "Www-Authenticate", "Allow"} {
-		if v := resp.Header[name]; v != nil {
-			h[name] = v
-		}
-	}
-	c.sawRevision(s.store.at().rev)
-	if resp.StatusCode != http.StatusNoContent {
-		h["Content-Length"] = []string{strconv.Itoa(len(answer))}
-	}
-	c.w.WriteHeader(resp.StatusCode)
-	_, err = c.w.Write(answer)
-	if errors.Is(err, http.ErrBodyNotAllowed) {
-		err = nil
-	}
-	return err
-}
-
-func brokenHop(err error) error {
-	return &problem{kind: errUnknown, cause: err,
-		detail: "the connection to the leader broke with the write under way; it may or may not be made: repeat it conditionally, or settle it by its correlation id in the audit trail"}
 }
 
 // waitFor waits until the store has applied revision rev; false if ctx ends before.
@@ -444,9 +339,8 @@ func (n *raftNode) handOver() {
 
 // Close ends raft. The store is not used by it afterwards.
 func (n *raftNode) Close() error {
-	close(n.stop)
-	err := n.raft.Shutdown().Error()
-	<-n.watched
+	n.stop()
+	err := errors.Join(n.raft.Shutdown().Error(), n.tasks.Wait())
 	n.trans.Close()
 	if cerr := n.logs.Close(); err == nil {
 		err = cerr
@@ -461,7 +355,7 @@ const trailingLogs = 8192
 // takeSnapshots writes a snapshot, which lets the log be cut, when the log since the last
 // one has snapshotEntries entries and a quarter of the state's bytes: so a restart replays
 // seconds, and the cost of copying the state is spread over as many writes as it is large.
-func (n *raftNode) takeSnapshots() {
+func (n *raftNode) takeSnapshots() error {
 	const (
 		snapshotEntries = 8192
 		snapshotMost    = 1 << 20 // entries after which the state's size does not matter
@@ -470,8 +364,8 @@ func (n *raftNode) takeSnapshots() {
 	defer tick.Stop()
 	for {
 		select {
-		case <-n.stop:
-			return
+		case <-n.ctx.Done():
+			return nil
 		case <-tick.C:
 		}
 		entries, size := n.logs.grown()
@@ -550,30 +444,6 @@ func (l *raftLog) mark() { l.entries.Store(0); l.bytes.Store(0) }
 
 // grown is what was appended since mark.
 func (l *raftLog) grown() (entries, bytes int64) { return l.entries.Load(), l.bytes.Load() }
-
-// A stream connects raft's transports. Its addresses are node ids.
-type stream struct {
-	net.Listener
-	node *raftNode
-}
-
-// Dial implements raft.StreamLayer.
-func (s *stream) Dial(id raft.ServerAddress, timeout time.Duration) (net.Conn, error) {
-	m, ok := s.node.members[string(id)]
-	if !ok {
-		return nil, fmt.Errorf("dial node %s: not in Cluster.Nodes", id)
-	}
-	return net.DialTimeout("tcp", m.raft, timeout)
-}
-
-// Addr implements net.Listener; raft takes it for its own name.
-func (s *stream) Addr() net.Addr { return nodeAddr(s.node.id) }
-
-// A nodeAddr is a node's id as an address.
-type nodeAddr string
-
-func (nodeAddr) Network() string  { return "node" }
-func (a nodeAddr) String() string { return string(a) }
 
 // A raftLogger passes raft's log lines on to slog at their own level.
 type raftLogger struct {

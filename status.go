@@ -4,34 +4,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"net/http"
-	"strconv"
-	"time"
 )
-
-// fresh decides whether a read may be answered from this node's own state, and says in
-// the answer how old it can be.
-func (s *server) fresh(c *call) error {
-	stale, err := c.flag("stale")
-	if err != nil {
-		return err
-	}
-	age, known := s.node.staleness()
-	ms := stalenessMs(age, known)
-	c.w.Header()["Confman-Staleness-Ms"] = []string{strconv.FormatInt(ms, 10)}
-	if !stale && (!known || ms > int64(s.cfg.Cluster.MaxStaleness)) {
-		return errStaleRead.because("this node cannot show that it is at most %d ms behind; read from another node, or with ?stale", s.cfg.Cluster.MaxStaleness)
-	}
-	c.sawRevision(s.store.at().rev)
-	return nil
-}
-
-// stalenessMs rounds up, so that it stays a bound; -1 where none is known.
-func stalenessMs(age time.Duration, known bool) int64 {
-	if !known {
-		return -1
-	}
-	return int64((age + time.Millisecond - 1) / time.Millisecond)
-}
 
 // health answers while the process serves.
 func (s *server) health(c *call) error {

@@ -70,6 +70,7 @@ type store struct {
 
 	pos     atomic.Pointer[position] // what is committed; set by Apply's goroutine alone
 	changed bell                     // rung after each commit that moved the revision
+	watches watches                  // who waits for one thing to change
 }
 
 const storeFormat = 1
@@ -262,6 +263,14 @@ func readPosition(db *bbolt.DB) (*position, error) {
 	return pos, err
 }
 
+// storedRevision is the store's revision as the transaction sees it.
+func storedRevision(tx *bbolt.Tx) uint64 {
+	if v := tx.Bucket(bucketMeta).Get([]byte("revision")); len(v) == 8 {
+		return binary.BigEndian.Uint64(v)
+	}
+	return 0
+}
+
 // Close makes the file durable and says so in state.mark. Nothing may be applied
 // any more.
 func (s *store) Close() error {
@@ -331,6 +340,7 @@ func (s *store) replace(r io.Reader) error {
 	// A snapshot may be reading the old file still; its Close waits for that.
 	go old.Close()
 	s.changed.ring()
+	s.watches.ringAll()
 	return nil
 }
 

@@ -1,0 +1,363 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/raft"
+	"golang.org/x/sync/singleflight"
+)
+
+// What a read promises rests on one question: what revision has the leader, while it
+// still leads? Contact with a leader does not answer it. Heartbeats do not say how far
+// the log has come, and a leader that was paused may have been replaced without knowing.
+
+// errNotLeading is why a node cannot confirm that it leads.
+var errNotLeading = errors.New("this node does not lead")
+
+// A shared call lets everyone who waits for an answer share one that was begun after
+// they all asked. One runs at a time; who comes while it runs shares the next.
+type shared struct {
+	flight singleflight.Group
+	mu     sync.Mutex // held while a call runs
+}
+
+// do runs f for all who wait together. It stops waiting when ctx ends; f does not.
+func (s *shared) do(ctx context.Context, f func() (uint64, error)) (uint64, error) {
+	ch := s.flight.DoChan("", func() (any, error) {
+		s.mu.Lock() // until here, whoever comes joins this call: it has not begun
+		defer s.mu.Unlock()
+		s.flight.Forget("")
+		rev, err := f()
+		return rev, err
+	})
+	select {
+	case r := <-ch:
+		rev, _ := r.Val.(uint64)
+		return rev, r.Err
+	case <-ctx.Done():
+		return 0, ctx.Err()
+	}
+}
+
+// confirmLeadership is how a leader makes sure that it still leads. It is a variable so
+// that a test can show what a weaker way does.
+var confirmLeadership = (*raftNode).askMajority
+
+// confirmed returns the revision of this node's state if the node leads and that state
+// holds every write acknowledged before the call, by whatever leader (the Raft thesis, section
+// 6.4): all that earlier leaders committed was applied before led was set, this leader
+// acknowledges a write only after it is applied, and a majority says after the call began that
+// no later term has begun.
+func (n *raftNode) confirmed(ctx context.Context) (uint64, error) {
+	return n.rounds.do(ctx, func() (uint64, error) {
+		asked := time.Now()
+		term := n.led.Load()
+		if !n.leads() {
+			return 0, errNotLeading
+		}
+		rev := n.store.at().rev
+		if err := confirmLeadership(n, term); err != nil {
+			return 0, err
+		}
+		if !n.leads() || n.led.Load() != term {
+			return 0, errNotLeading
+		}
+		n.knownFresh(asked)
+		return rev, nil
+	})
+}
+
+// roundTime bounds one question to another node.
+const roundTime = time.Second
+
+// askMajority asks the other voters for their term and returns nil as soon as a
+// majority, this node included, is in the given one. A later leader needs the votes of a
+// majority, one of which is of a node that had not yet voted when it answered here. raft
+// does not tell of acknowledgements' ages, so VerifyLeader cannot be used: an answer that
+// was in a socket while this process was paused would confirm it.
+func (n *raftNode) askMajority(term uint64) error {
+	f := n.raft.GetConfiguration()
+	if err := f.Error(); err != nil {
+		return err
+	}
+	votes := 0
+	ctx, cancel := context.WithTimeout(context.Background(), roundTime)
+	defer cancel() // a majority is enough; the others' answers are not waited for
+	var others []string
+	for _, s := range f.Configuration().Servers {
+		if s.Suffrage != raft.Voter {
+			continue
+		}
+		if string(s.ID) == n.id {
+			votes++
+		} else {
+			others = append(others, string(s.ID))
+		}
+	}
+	need := (len(others)+votes)/2 + 1
+	if votes >= need {
+		return nil
+	}
+	type reply struct {
+		term uint64
+		err  error
+	}
+	replies := make(chan reply, len(others))
+	for _, id := range others {
+		go func() {
+			nums, err := n.ask(ctx, id, "/term", 1)
+			if err != nil {
+				replies <- reply{err: err}
+				return
+			}
+			replies <- reply{term: nums[0]}
+		}()
+	}
+	var errs []error
+	for range others {
+		r := <-replies
+		switch {
+		case r.err != nil:
+			errs = append(errs, r.err)
+			continue
+		case r.term > term:
+			return fmt.Errorf("%w any more: term %d has begun", errNotLeading, r.term)
+		case r.term == term:
+			votes++
+		}
+		if votes >= need {
+			return nil
+		}
+	}
+	return fmt.Errorf("no majority confirms term %d: %w", term, errors.Join(errs...))
+}
+
+// behindLog returns the leader's revision once everything that was in its log when the
+// call came is applied. It costs a log entry; whoever waits shares it.
+func (n *raftNode) behindLog(ctx context.Context) (uint64, error) {
+	return n.barriers.do(ctx, func() (uint64, error) {
+		if !n.leads() {
+			return 0, errNotLeading
+		}
+		f := n.raft.Barrier(roundTime)
+		done := make(chan error, 1)
+		go func() { done <- f.Error() }()
+		select {
+		case err := <-done:
+			return n.store.at().rev, err
+		case <-time.After(n.cfg.requestTimeout()):
+			return 0, errors.New("no majority confirmed the barrier in time")
+		}
+	})
+}
+
+// leaderRevision returns a revision that the leader had, still leading, after the call
+// began: this node's own if it leads. barrier asks for all of the leader's log besides. The
+// error is errNoLeader.
+func (n *raftNode) leaderRevision(ctx context.Context, barrier bool) (uint64, error) {
+	path, local, remote := "/revision", n.confirmed, &n.questions
+	if barrier {
+		path, local, remote = "/barrier", n.behindLog, &n.barrierQuestions
+	}
+	for {
+		id, _ := n.leader()
+		if id == "" {
+			return 0, errNoLeader.because("no leader is known; try again")
+		}
+		var rev uint64
+		var err error
+		if id == n.id {
+			rev, err = local(ctx)
+		} else {
+			rev, err = remote.do(ctx, func() (uint64, error) {
+				limit := roundTime
+				if barrier {
+					limit = n.cfg.requestTimeout()
+				}
+				ctx, cancel := context.WithTimeout(context.Background(), limit)
+				defer cancel()
+				asked := time.Now()
+				nums, err := n.ask(ctx, id, path, 2)
+				if err != nil {
+					return 0, err
+				}
+				n.leaderClock.Store(&clockReading{id, int64(nums[1]), time.Now()})
+				if n.store.at().rev >= nums[0] {
+					n.knownFresh(asked)
+				}
+				return nums[0], nil
+			})
+		}
+		if err == nil {
+			return rev, nil
+		}
+		// The leader may have changed since: ask the next one, while there is time.
+		bell := n.store.changed.wait()
+		if now, _ := n.leader(); now == "" || ctx.Err() != nil {
+			return 0, &problem{kind: errNoLeader, detail: "the leader cannot be confirmed; try again", cause: err}
+		}
+		select {
+		case <-bell:
+		case <-time.After(20 * time.Millisecond): // the pace of the question
+		case <-ctx.Done():
+		}
+	}
+}
+
+// A clockReading relates the leader's clock to this node's.
+type clockReading struct {
+	leader string
+	nanos  int64     // the leader's clock, at some moment before here
+	here   time.Time // this node's clock when the reading was here
+}
+
+// knownFresh notes that the state holds all that was acknowledged before t.
+func (n *raftNode) knownFresh(t time.Time) {
+	for {
+		old := n.freshSince.Load()
+		if old != nil && !t.After(*old) {
+			return
+		}
+		if n.freshSince.CompareAndSwap(old, &t) {
+			return
+		}
+	}
+}
+
+// staleness is an upper bound on how old this node's state is; false where nothing can be
+// said. The wall clock counts where it says more than the monotonic one, which stands still
+// while the machine is suspended.
+func (n *raftNode) staleness() (time.Duration, bool) {
+	since := n.freshSince.Load()
+	if since == nil {
+		return 0, false
+	}
+	now := time.Now()
+	return max(now.Sub(*since), now.Round(0).Sub(since.Round(0)), 0), true
+}
+
+// keepFresh asks the leader, or as the leader the others, often enough that a plain read can
+// be answered: five times within MaxStaleness, at least each second. It costs no log entry and
+// nothing that a client does.
+func (n *raftNode) keepFresh() error {
+	pause := min(time.Duration(n.cfg.Cluster.MaxStaleness)*time.Millisecond/5, time.Second)
+	quick := 20 * time.Millisecond // until the first answer, and after one that failed
+	for {
+		asked := time.Now()
+		ctx, cancel := context.WithTimeout(n.ctx, max(roundTime, 5*pause))
+		rev, err := n.leaderRevision(ctx, false)
+		if err == nil && n.store.waitFor(ctx, rev) {
+			n.knownFresh(asked)
+		}
+		cancel()
+		wait := pause
+		if err != nil || n.freshSince.Load() == nil {
+			wait = quick
+		}
+		select {
+		case <-n.ctx.Done():
+			return nil
+		case <-time.After(wait):
+		}
+	}
+}
+
+// A read's form says how old its answer may be.
+type readForm int
+
+const (
+	plainRead readForm = iota // at most MaxStaleness, shown again when the answer goes out
+	staleRead
+	consistentRead
+)
+
+// fresh makes sure that what the store holds from now on is as fresh as the read asks for:
+// by ?consistent, ?stale and Confman-Min-Revision.
+func (s *server) fresh(c *call) error {
+	stale, err := c.flag("stale")
+	if err != nil {
+		return err
+	}
+	consistent, err := c.flag("consistent")
+	if err != nil {
+		return err
+	}
+	if stale && consistent {
+		return errBadRequest.because("stale and consistent exclude each other")
+	}
+	if v := c.r.Header["Confman-Min-Revision"]; v != nil {
+		rev, err := strconv.ParseUint(v[0], 10, 64)
+		if err != nil || len(v) > 1 {
+			return errBadRequest.because("Confman-Min-Revision must be one whole number")
+		}
+		if s.store.at().rev < rev {
+			ctx, cancel := context.WithTimeout(c.r.Context(), s.cfg.requestTimeout())
+			defer cancel()
+			if !s.store.waitFor(ctx, rev) {
+				return errBehind.because("this node has not applied revision %d in time; it is at %d", rev, s.store.at().rev)
+			}
+		}
+	}
+	switch {
+	case consistent:
+		c.form = consistentRead
+		ctx, cancel := context.WithTimeout(c.r.Context(), s.cfg.requestTimeout())
+		defer cancel()
+		// A write whose outcome is unknown is settled by the trail, behind all that the
+		// leader's log holds.
+		rev, err := s.node.leaderRevision(ctx, c.settles())
+		if err != nil {
+			return err
+		}
+		if !s.store.waitFor(ctx, rev) {
+			return errBehind.because("this node has not applied the leader's revision %d in time; it is at %d", rev, s.store.at().rev)
+		}
+	case stale:
+		c.form = staleRead
+	}
+	c.reads = true
+	if err := c.showStaleness(); err != nil {
+		return err
+	}
+	c.sawRevision(s.store.at().rev)
+	return nil
+}
+
+// showStaleness puts the bound in the answer. A plain read that is older than promised
+// ends here: also when the process was paused since it began.
+func (c *call) showStaleness() error {
+	if !c.reads {
+		return nil
+	}
+	if c.form == consistentRead {
+		c.w.Header()["Confman-Staleness-Ms"] = zeroMs
+		return nil
+	}
+	ms := stalenessMs(c.s.node.staleness())
+	c.w.Header()["Confman-Staleness-Ms"] = []string{strconv.FormatInt(ms, 10)}
+	most := int64(c.s.cfg.Cluster.MaxStaleness)
+	if c.form == plainRead && (ms < 0 || ms > most) {
+		return errStaleRead.because("this node cannot show that it is at most %d ms behind; read from another node, or with ?stale", most)
+	}
+	return nil
+}
+
+var zeroMs = []string{"0"}
+
+// stalenessMs rounds up, so that it stays a bound; -1 where none is known.
+func stalenessMs(age time.Duration, known bool) int64 {
+	if !known {
+		return -1
+	}
+	return int64((age + time.Millisecond - 1) / time.Millisecond)
+}
+
+// settles reports whether the read is of the trail, where unknown outcomes are settled.
+func (c *call) settles() bool {
+	return c.route.pattern == "/api/v1/audit/{ns}" || c.route.pattern == "/api/v1/audit"
+}
