@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"math"
+	"net/http"
 	"strconv"
 	"time"
 
@@ -112,8 +113,176 @@ func parseEvent(k, rec []byte) (e eventRecord, err error) {
 	if err != nil {
 		return e, err
 	}
+	if len(b) < 11 || len(b) < 11+int(b[10])*10 {
+		return e, fmt.Errorf("state.db: event %x: %w", k, errCorrupt)
+	}
 	n := int(b[10]) * 10
 	return eventRecord{prev: placeAt(b), places: b[11 : 11+n], json: b[11+n:]}, nil
+}
+
+// hashOf cuts an event's hash out of its stored form, where it is last.
+func hashOf(stored []byte) (h [32]byte) {
+	if n := len(stored) - len(`"}`) - 64; n >= 0 {
+		hex.Decode(h[:], stored[n:n+64])
+	}
+	return h
+}
+
+// follows reports whether an event, as stored, has the hash that its content gives behind an
+// event with hash prev, and the id of its place.
+func follows(stored []byte, at place, prev [32]byte) bool {
+	n := len(stored) - len(`,"hash":""}`) - 64
+	if n < 0 {
+		return false
+	}
+	head := append(hex.AppendEncode(make([]byte, 0, 65), prev[:]), '\n')
+	h := sha256.New()
+	h.Write(head)
+	h.Write(stored[:n])
+	h.Write([]byte("}"))
+	sum := hashOf(stored)
+	id := fmt.Appendf(nil, `{"id":"%d-%d",`, at.rev, at.n)
+	return bytes.Equal(h.Sum(nil), sum[:]) && bytes.HasPrefix(stored, id)
+}
+
+// tailLength is how many events checkTail looks at.
+const tailLength = 1000
+
+// checkTail checks that the trail ends where pos says, and that its last events follow each other.
+func checkTail(tx *bbolt.Tx, pos *position) error {
+	cur := tx.Bucket(bucketTrail).Cursor()
+	k, v := cur.Last()
+	want := pos.hash
+	if k == nil && pos.rev == 0 {
+		return nil
+	}
+	if k == nil || placeAt(k).rev > pos.rev {
+		return fmt.Errorf("the audit trail does not end at revision %d: %w", pos.rev, errCorrupt)
+	}
+	for range tailLength {
+		if k == nil {
+			return nil
+		}
+		at := placeAt(k)
+		ev, err := parseEvent(k, v)
+		if err != nil {
+			return err
+		}
+		if hashOf(ev.json) != want {
+			return fmt.Errorf("the audit trail's hash chain is broken behind event %d-%d: %w", at.rev, at.n, errCorrupt)
+		}
+		stored := ev.json
+		if k, v = cur.Prev(); k == nil {
+			return nil
+		}
+		before, err := parseEvent(k, v)
+		if err != nil {
+			return err
+		}
+		if want = hashOf(before.json); !follows(stored, at, want) {
+			return fmt.Errorf("the audit trail's hash chain is broken at event %d-%d: %w", at.rev, at.n, errCorrupt)
+		}
+	}
+	return nil
+}
+
+// A verification is the answer of /api/v1/verify.
+type verification struct {
+	OK     bool   `json:"ok"`
+	Events uint64 `json:"events"` // that fit
+	First  string `json:"first"`  // ids; empty where there are none
+	Last   string `json:"last"`
+	Hash   string `json:"hash"`            // of the last
+	Event  string `json:"event,omitempty"` // the first that does not fit
+	Detail string `json:"detail,omitempty"`
+}
+
+// verify recomputes the hash chain of the trail on this node, or of the revisions from
+// ?from to ?to.
+func (s *server) verify(c *call) error {
+	from, err := c.number("from", 0)
+	if err != nil {
+		return err
+	}
+	to, err := c.number("to", math.MaxUint64)
+	if err != nil {
+		return err
+	}
+	if from > to {
+		return errBadRequest.because("from is greater than to")
+	}
+	if err := s.fresh(c); err != nil {
+		return err
+	}
+	c.waited = true // it takes as long as the trail is
+	v, pos, prev := verification{OK: true}, place{}, [32]byte{}
+	if from > 0 {
+		pos = endOf(from - 1)
+	}
+	for more := true; more && v.OK; {
+		if err := c.r.Context().Err(); err != nil {
+			return errClosed.because("%v", err)
+		}
+		err := s.store.view(func(tx *bbolt.Tx) (err error) {
+			more, err = v.check(tx, &pos, &prev, to)
+			return err
+		})
+		if err != nil {
+			return err
+		}
+	}
+	b, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	return c.sendJSON(http.StatusOK, b)
+}
+
+// check goes on behind pos, whose event has hash prev, for one transaction; more says that there
+// is more to check.
+func (v *verification) check(tx *bbolt.Tx, pos *place, prev *[32]byte, to uint64) (more bool, err error) {
+	cur := tx.Bucket(bucketTrail).Cursor()
+	from := pos.appendTo(nil)
+	k, rec := cur.Seek(from)
+	if v.Events == 0 {
+		// The hash that the first event follows is that of the one before it, if any.
+		before, brec := cur.Prev()
+		if k == nil {
+			before, brec = cur.Last()
+		}
+		if before != nil {
+			ev, err := parseEvent(before, brec)
+			if err != nil {
+				return false, err
+			}
+			*prev = hashOf(ev.json)
+		}
+		k, rec = cur.Seek(from)
+	} else if bytes.Equal(k, from) {
+		k, rec = cur.Next()
+	}
+	for scanned := 0; k != nil && placeAt(k).rev <= to; k, rec = cur.Next() {
+		if scanned++; scanned > streamScan {
+			return true, nil
+		}
+		at := placeAt(k)
+		id := fmt.Sprintf("%d-%d", at.rev, at.n)
+		ev, err := parseEvent(k, rec)
+		if err != nil {
+			return false, err
+		}
+		if !follows(ev.json, at, *prev) {
+			v.OK, v.Event, v.Detail = false, id, "its hash is not that of its content behind the event before it"
+			return false, nil
+		}
+		*pos, *prev = at, hashOf(ev.json)
+		if v.Events == 0 {
+			v.First = id
+		}
+		v.Events++
+		v.Last, v.Hash = id, hex.EncodeToString(prev[:])
+	}
+	return false, nil
 }
 
 // decode reads the stored JSON back.

@@ -308,12 +308,12 @@ func (s *server) getEntry(c *call) error {
 	buf := getBuffer()
 	defer putBuffer(buf)
 	k := entryKey(c.ns, c.key)
-	tx, err := s.store.begin()
-	if err != nil {
+	var rev uint64
+	var cur *current
+	err = s.store.view(func(tx *bbolt.Tx) (err error) {
+		rev, cur, err = readEntry(tx, k, c, version, cond.given(), buf)
 		return err
-	}
-	rev, cur, err := readEntry(tx, k, c, version, cond.given(), buf)
-	tx.Rollback()
+	})
 	if err != nil {
 		return cond.missing(c, err)
 	}

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"hash/crc32"
 	"io"
@@ -99,6 +100,7 @@ type result struct {
 type fsm struct {
 	store *store
 	log   *slog.Logger
+	disk  *disk
 	// halt ends the process. A replica that skips what it cannot read or store is a
 	// replica that differs, so Apply does not return from an error.
 	halt func(error)
@@ -111,9 +113,13 @@ func (f *fsm) Apply(l *raft.Log) any { return f.ApplyBatch([]*raft.Log{l})[0] }
 // that they are done, so that a crash neither loses a command nor runs it twice. A refusal
 // is a result.
 func (f *fsm) ApplyBatch(logs []*raft.Log) []any {
+	defer f.disk.during("write to " + f.store.path())()
 	out, err := f.store.apply(logs)
+	if errors.Is(err, errCorrupt) {
+		err = fmt.Errorf("%w; move the data directory away and start again, and the node rejoins empty", err)
+	}
 	if err != nil {
-		f.halt(fmt.Errorf("apply raft entries %d to %d: %w", logs[0].Index, logs[len(logs)-1].Index, err))
+		f.halt(fmt.Errorf("apply raft entries %d to %d to %s: %w", logs[0].Index, logs[len(logs)-1].Index, f.store.path(), err))
 	}
 	return out
 }
@@ -196,7 +202,8 @@ func (b *batch) finish() error {
 		{"time", binary.BigEndian.AppendUint64(nil, uint64(b.pos.nanos))},
 		{"hash", b.pos.hash[:]},
 	} {
-		if err := meta.Put([]byte(m.name), m.value); err != nil {
+		k := []byte(m.name)
+		if err := meta.Put(k, seal(k, append(make([]byte, 4, 36), m.value...))); err != nil {
 			return err
 		}
 	}

@@ -16,7 +16,6 @@ import (
 	"net"
 	"net/http"
 	"net/url"
-	"regexp"
 	"runtime/debug"
 	"slices"
 	"strconv"
@@ -77,6 +76,7 @@ func (s *server) routes() []route {
 		{"GET", "/api/v1/namespaces/{ns}/keys", reader, "prefix limit cursor wait" + reads, s.waits(namespaceSubject, s.listKeys)},
 		{"GET", "/api/v1/audit/{ns}", reader, "limit cursor key actor correlationId since" + reads, s.streamed(s.listAudit)},
 		{"GET", "/api/v1/audit", admin, "limit cursor key actor correlationId since" + reads, s.streamed(s.listAllAudit)},
+		{"GET", "/api/v1/verify", admin, "from to" + reads, s.verify},
 		{"GET", "/health", public, "", s.health},
 		{"GET", "/health/ready", public, "", s.ready},
 	}
@@ -121,13 +121,12 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 // checkPath refuses what no path of ours can be. An empty last segment is left to the mux.
 func checkPath(r *http.Request) error {
+	if r.URL.RawPath == "" && plainPath(r.URL.Path) && r.Method != http.MethodConnect {
+		return nil
+	}
 	escaped := r.URL.EscapedPath()
 	if r.Method == http.MethodConnect || !strings.HasPrefix(escaped, "/") || !strings.HasPrefix(r.URL.Path, "/") {
 		return errBadRequest.because("the request target is not a path")
-	}
-	// The plain case, most requests, has nothing to look at twice.
-	if escaped == r.URL.Path && !strings.Contains(escaped, "//") && !strings.Contains(escaped, "/.") {
-		return nil
 	}
 	if !utf8.ValidString(r.URL.Path) {
 		return errBadRequest.because("the path is not UTF-8")
@@ -145,10 +144,29 @@ func checkPath(r *http.Request) error {
 	return nil
 }
 
+// plainPath reports a path, most are, in which there is nothing to look at twice.
+func plainPath(p string) bool {
+	if p == "" || p[0] != '/' {
+		return false
+	}
+	for i := 1; i < len(p); i++ {
+		switch c := p[i]; {
+		case 'a' <= c && c <= 'z', 'A' <= c && c <= 'Z', '0' <= c && c <= '9', c == '-', c == '_':
+		case (c == '/' || c == '.') && p[i-1] != '/':
+		default:
+			return false
+		}
+	}
+	return true
+}
+
 // isControl reports a C0 or C1 control character.
 func isControl(r rune) bool { return unicode.IsControl(r) }
 
-var namespaceName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$`)
+// validNamespace reports whether ns matches [A-Za-z0-9][A-Za-z0-9._-]{0,127}.
+func validNamespace(ns string) bool {
+	return validID(ns) && ns[0] != '.' && ns[0] != '_' && ns[0] != '-'
+}
 
 // A call is one request on its way through the server.
 type call struct {
@@ -242,7 +260,7 @@ func (c *call) serve(methods map[string]*route, allow string) (err error) {
 		return errNotFound.because("there is no route %s", clip(r.URL.Path, 200))
 	}
 	if c.ns = r.PathValue("ns"); c.ns != "" || strings.Contains(r.Pattern, "{ns}") {
-		if !namespaceName.MatchString(c.ns) {
+		if !validNamespace(c.ns) {
 			return errBadRequest.because("%q is not a namespace: [A-Za-z0-9][A-Za-z0-9._-]{0,127}", clip(c.ns, 140))
 		}
 	}
@@ -512,6 +530,9 @@ func (c *call) finish(err error) {
 		return
 	}
 	p := problemOf(err)
+	if errors.Is(err, errCorrupt) {
+		go c.s.node.halt(fmt.Errorf("%w; move the data directory away and start again, and the node rejoins empty", err))
+	}
 	c.observe(cmp.Or(c.w.status, p.kind.status), err) // the log gets all of err, the client gets p
 	if c.w.status != 0 {
 		// Half an answer is out. Cut the line, so that the client sees a broken response and
@@ -622,6 +643,7 @@ var (
 	errBehind               = &kind{slug: "behind", status: 503, title: "Behind The Revision Asked For"}
 	errUnavailable          = &kind{slug: "unavailable", status: 503, title: "Unavailable"}
 	errUnknown              = &kind{slug: "outcome-unknown", status: 504, title: "Outcome Unknown", outcome: "unknown"}
+	errNoSpace              = &kind{slug: "no-space", status: 507, title: "No Space"}
 	errInternal             = &kind{slug: "internal", status: 500, title: "Internal Error", outcome: "unknown"}
 )
 

@@ -96,7 +96,7 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 		return err
 	}
 	log.Info("state opened", "how", how, "revision", st.at().rev, "took", time.Since(start))
-	n, err := startRaft(cfg, dir, st, peers, log)
+	n, err := startNode(cfg, dir, st, peers, log)
 	if err != nil {
 		return err
 	}
@@ -185,6 +185,9 @@ type config struct {
 	}
 	Storage struct {
 		DataPath string
+		// MinFreeMiB is what must stay free on the disk: below it, and on the leader below twice
+		// the state file, nothing but deletes is taken.
+		MinFreeMiB int
 	}
 	Auth struct {
 		ApiKeys []apiKey
@@ -296,6 +299,7 @@ func defaults() *config {
 	c.Cluster.RequestTimeout = 5000
 	c.Cluster.MaxStaleness = 5000
 	c.Storage.DataPath = "./data"
+	c.Storage.MinFreeMiB = 256
 	return c
 }
 
@@ -423,6 +427,9 @@ func (c *config) check() error {
 	}
 	if c.Storage.DataPath == "" {
 		return errors.New("Storage.DataPath: empty; leave it out for ./data")
+	}
+	if c.Storage.MinFreeMiB < 1 || c.Storage.MinFreeMiB > 1<<30 {
+		return fmt.Errorf("Storage.MinFreeMiB: %d must be 1 to %d", c.Storage.MinFreeMiB, 1<<30)
 	}
 	if len(c.Auth.ApiKeys) == 0 {
 		return errors.New("Auth.ApiKeys: missing; without a key nobody can use the API")

@@ -6,11 +6,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
+	"net/url"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -28,6 +31,7 @@ type port struct {
 	closed  chan struct{}
 	once    sync.Once
 	waiting chan struct{} // a token for each connection whose first byte is not here yet
+	open    atomic.Bool   // raft has started and takes connections
 }
 
 const (
@@ -79,6 +83,9 @@ func (p *port) sort(c net.Conn) {
 	to := p.raft
 	if first[0] >= 0x10 {
 		to = p.http
+	} else if !p.open.Load() {
+		c.Close()
+		return
 	}
 	select {
 	case to <- &sorted{Conn: c, first: first[:]}:
@@ -162,18 +169,22 @@ func (a nodeAddr) String() string { return string(a) }
 // Nodes ask each other with GET on the raft port. An answer is numbers in decimal with a
 // space between them; a question that the node cannot answer is a 503.
 //
-//	/term      term                  the asked node's current term
-//	/revision  revision time         of the leader, confirmed after the question came
-//	/barrier   revision time         the same, behind all that is in the leader's log
+//	/term                    term                 the asked node's current term
+//	/revision                revision time        of the leader, confirmed after the question came
+//	/barrier                 revision time        the same, behind all that is in the leader's log
+//	/state?node=&identity=   state identity       what the asked node's directory holds, see join.go
+//	/rejoin?node=&identity=  1                    the leader has taken the asker's vote away
+//	/applied                 index                the last raft entry that raft has applied
+//	/hash?revision=          hash hash hash hash  of the newest event up to that revision
 //
 // time is the leader's clock in nanoseconds since 1970, read before it answered.
-func (n *raftNode) serveAsks() http.Handler {
+func (n *raftNode) answers() http.Handler {
 	mux := http.NewServeMux()
-	answer := func(path string, f func(context.Context) ([]uint64, error)) {
+	answer := func(path string, limit time.Duration, f func(ctx context.Context, q url.Values) ([]uint64, error)) {
 		mux.HandleFunc("GET "+path, func(w http.ResponseWriter, r *http.Request) {
-			ctx, cancel := context.WithTimeout(r.Context(), n.cfg.requestTimeout())
+			ctx, cancel := context.WithTimeout(r.Context(), limit)
 			defer cancel()
-			nums, err := f(ctx)
+			nums, err := f(ctx, r.URL.Query())
 			if err != nil {
 				http.Error(w, err.Error(), http.StatusServiceUnavailable)
 				return
@@ -189,14 +200,55 @@ func (n *raftNode) serveAsks() http.Handler {
 			w.Write(b)
 		})
 	}
-	answer("/term", func(context.Context) ([]uint64, error) { return []uint64{n.raft.CurrentTerm()}, nil })
-	answer("/revision", func(ctx context.Context) ([]uint64, error) {
+	limit := n.cfg.requestTimeout()
+	answer("/term", limit, func(context.Context, url.Values) ([]uint64, error) { return []uint64{n.term()}, nil })
+	answer("/revision", limit, func(ctx context.Context, _ url.Values) ([]uint64, error) {
 		return stamped(n.confirmed(ctx))
 	})
-	answer("/barrier", func(ctx context.Context) ([]uint64, error) {
+	answer("/barrier", limit, func(ctx context.Context, _ url.Values) ([]uint64, error) {
 		return stamped(n.behindLog(ctx))
 	})
+	answer("/state", limit, func(_ context.Context, q url.Values) ([]uint64, error) {
+		identity, err := strconv.ParseUint(q.Get("identity"), 10, 64)
+		return []uint64{n.stateFor(q.Get("node"), identity), n.identity}, err
+	})
+	answer("/rejoin", 2*limit, func(ctx context.Context, q url.Values) ([]uint64, error) {
+		identity, err := strconv.ParseUint(q.Get("identity"), 10, 64)
+		if err != nil {
+			return nil, err
+		}
+		return []uint64{1}, n.rejoin(ctx, q.Get("node"), identity)
+	})
+	answer("/applied", limit, func(context.Context, url.Values) ([]uint64, error) {
+		r := n.raft.Load()
+		if r == nil {
+			return nil, errors.New("raft has not started here")
+		}
+		return []uint64{r.AppliedIndex()}, nil
+	})
+	answer("/hash", limit, func(_ context.Context, q url.Values) ([]uint64, error) {
+		rev, err := strconv.ParseUint(q.Get("revision"), 10, 64)
+		if err != nil {
+			return nil, err
+		}
+		h, ok, err := n.store.hashAt(rev)
+		if err == nil && !ok {
+			err = errors.New("this node has no event of that revision")
+		}
+		return hashNumbers(h), err
+	})
 	return mux
+}
+
+// serveAsks answers the other nodes until the node stops.
+func (n *raftNode) serveAsks() error {
+	srv := &http.Server{Handler: n.answers(), ReadHeaderTimeout: firstByteTime, MaxHeaderBytes: 4 << 10,
+		ErrorLog: slog.NewLogLogger(n.log.Handler(), slog.LevelWarn)}
+	context.AfterFunc(n.ctx, func() { srv.Close() })
+	if err := srv.Serve(askStream{n.port}); !errors.Is(err, http.ErrServerClosed) {
+		return err
+	}
+	return nil
 }
 
 // stamped adds the clock to a revision.

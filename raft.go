@@ -11,15 +11,12 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
+	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/raft"
-	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
-	"go.etcd.io/bbolt"
 	"golang.org/x/sync/errgroup"
 )
 
@@ -29,12 +26,21 @@ type raftNode struct {
 	cfg     *config
 	log     *slog.Logger
 	store   *store
-	raft    *raft.Raft
+	dir     string
+	began   time.Time
+	raft    atomic.Pointer[raft.Raft] // nil until the node may take part
 	trans   *raft.NetworkTransport
 	logs    *raftLog
+	snaps   *raft.FileSnapshotStore
+	disk    *disk
 	members map[string]peer // by node id
 	port    *port           // raft's connections and the nodes' questions to each other
 	asker   *http.Transport
+
+	identity uint64 // of the data directory, see join.go
+	formed   atomic.Pointer[map[string]uint64]
+	rejoins  sync.Mutex             // held while the leader changes the membership
+	waitsFor atomic.Pointer[string] // why raft is not started yet
 
 	// led is the term in which this node leads and has applied everything that earlier
 	// leaders committed; 0 while that is not known.
@@ -59,76 +65,78 @@ type peer struct {
 	api  string // base URL of its API, without a slash at the end
 }
 
-// lockDir takes the data directory for this process until it ends.
-func lockDir(dir string) (*os.File, error) {
-	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
-		f.Close()
-		if errors.Is(err, syscall.EWOULDBLOCK) {
-			return nil, fmt.Errorf("data directory %s is in use by another process", dir)
-		}
-		return nil, &os.PathError{Op: "flock", Path: f.Name(), Err: err}
-	}
-	return f, nil
-}
-
-// startRaft opens raft's files in dir and joins the cluster on ln. It bootstraps a node
-// that has no state: every node does so with the same configuration, in which the first
-// election decides.
-func startRaft(cfg *config, dir string, st *store, ln net.Listener, logger *slog.Logger) (*raftNode, error) {
+// startNode opens raft's files in dir and takes part in the cluster on ln. Where dir holds
+// nothing of raft's, the node first finds out whether it may (see join.go), and until then
+// serves its API without knowing a leader.
+func startNode(cfg *config, dir string, st *store, ln net.Listener, logger *slog.Logger) (*raftNode, error) {
 	n := &raftNode{
-		id: cfg.Cluster.NodeId, cfg: cfg, log: logger, store: st, members: map[string]peer{},
-		failed: make(chan error, 1),
+		id: cfg.Cluster.NodeId, cfg: cfg, dir: dir, log: logger, store: st, members: map[string]peer{},
+		failed: make(chan error, 1), began: time.Now(),
 	}
 	n.ctx, n.stop = context.WithCancel(context.Background())
-	var servers []raft.Server
 	for _, m := range cfg.Cluster.Nodes {
 		n.members[m.Id] = peer{raft: hostPort(m.Address, m.RaftPort), api: "http://" + hostPort(m.Address, m.ApiPort)}
-		// Raft remembers votes by address bytes. Ours are node ids, which are unique, and
-		// dial finds the host behind one: no two nodes can look like one, whatever they listen on.
-		servers = append(servers, raft.Server{ID: raft.ServerID(m.Id), Address: raft.ServerAddress(m.Id)})
 	}
-	slices.SortFunc(servers, func(a, b raft.Server) int { return strings.Compare(string(a.ID), string(b.ID)) })
-
-	path := filepath.Join(dir, "raft.db")
-	bolt, err := raftboltdb.New(raftboltdb.Options{Path: path, BoltOptions: &bbolt.Options{
-		Timeout:      time.Second,
-		FreelistType: bbolt.FreelistMapType,
-		// The log is short, so the scan that an open then needs is too, and each append is
-		// spared the list of the pages that truncation freed.
-		NoFreelistSync:  true,
-		NoStatistics:    true,
-		InitialMmapSize: 4 << 30, // address space; see openDB
-	}})
-	if err != nil {
-		return nil, fmt.Errorf("open %s: %w", path, err)
+	n.disk = newDisk(dir, uint64(cfg.Storage.MinFreeMiB)<<20, n.halt)
+	var err error
+	if n.logs, err = openRaftLog(filepath.Join(dir, "raft.db"), n.disk); err != nil {
+		return nil, err
 	}
-	n.logs = &raftLog{BoltStore: bolt, path: path, halt: n.halt}
 	hlog := &raftLogger{Logger: hclog.NewNullLogger(), log: logger}
-	snaps, err := raft.NewFileSnapshotStoreWithLogger(dir, 2, hlog)
+	n.snaps, err = raft.NewFileSnapshotStoreWithLogger(dir, 2, hlog)
 	if err != nil {
 		return nil, fmt.Errorf("open %s/snapshots: %w", dir, err)
 	}
+	has, err := raft.HasExistingState(n.logs, n.logs, n.snaps)
+	if err != nil {
+		return nil, fmt.Errorf("read %s: %w", n.logs.path, err)
+	}
 	newest := uint64(0)
-	if metas, err := snaps.List(); err != nil {
+	if metas, err := n.snaps.List(); err != nil {
 		return nil, fmt.Errorf("list %s/snapshots: %w", dir, err)
 	} else if len(metas) > 0 {
 		newest = metas[0].Index
 	}
-	last, err := bolt.LastIndex()
+	last, err := n.logs.LastIndex()
 	if err != nil {
-		return nil, fmt.Errorf("read %s: %w", path, err)
+		return nil, fmt.Errorf("read %s: %w", n.logs.path, err)
 	}
 	if at := st.at().index; at > max(last, newest) {
-		return nil, fmt.Errorf("%s/state.db is ahead of raft's log and snapshots (%d, they end at %d): part of the directory was lost; "+
-			"move it away and let the node join empty", dir, at, max(last, newest))
+		return nil, fmt.Errorf("%s/state.db is at raft index %d, but raft's log and snapshots end at %d: part of the directory was lost; "+
+			"move it away and start again, and the node rejoins empty", dir, at, max(last, newest))
+	}
+	if err := n.readIdentity(has); err != nil {
+		return nil, err
 	}
 
 	n.port = newPort(n.id, ln, n.members)
 	n.asker = newAsker(n.port)
+	start := func(servers []raft.Server) error { return n.startRaft(newest, servers, hlog) }
+	n.tasks.Go(n.serveAsks)
+	n.tasks.Go(n.disk.watch)
+	if has {
+		if err := start(nil); err != nil {
+			return nil, err
+		}
+		return n, nil
+	}
+	n.tasks.Go(func() error {
+		servers, err := n.join()
+		if err == nil {
+			err = start(servers)
+		}
+		if err != nil && n.ctx.Err() == nil {
+			n.halt(err)
+		}
+		return nil
+	})
+	return n, nil
+}
+
+// startRaft starts raft itself; newest is the index of the newest snapshot. servers, if
+// any, are the members that a cluster which is new begins with.
+func (n *raftNode) startRaft(newest uint64, servers []raft.Server, hlog hclog.Logger) error {
+	n.port.open.Store(true)
 	n.trans = raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
 		Stream: raftStream{n.port},
 		Logger: hlog,
@@ -136,56 +144,55 @@ func startRaft(cfg *config, dir string, st *store, ln net.Listener, logger *slog
 		// look healthy (hashicorp/raft issue 612), and measured here it gains nothing.
 		MaxRPCsInFlight: 1,
 		MaxPool:         4,
-		Timeout:         10 * time.Second,
+		// Long enough for a batch of large values on a slow disk; elections do not wait for it.
+		Timeout: 10 * time.Second,
 	})
 	conf := raft.DefaultConfig()
 	conf.LocalID = raft.ServerID(n.id)
 	conf.Logger = hlog
-	// Raft draws from the lower timeout to twice that. A leader that has heard from no quorum
-	// for the same time steps down.
-	conf.HeartbeatTimeout = time.Duration(cfg.Cluster.LowerElectionTimeout) * time.Millisecond
+	// A follower that hears nothing from its leader for this long, or up to twice as long, stands
+	// for election, and a leader that hears nothing from a majority steps down: short enough that
+	// a dead leader is replaced within a second, long enough for a disk or a scheduler that
+	// stalls for a moment. A smaller setting is honoured.
+	conf.HeartbeatTimeout = time.Duration(n.cfg.Cluster.LowerElectionTimeout) * time.Millisecond
 	conf.ElectionTimeout = conf.HeartbeatTimeout
 	conf.LeaderLeaseTimeout = conf.HeartbeatTimeout
-	// Followers learn of a commit with the next append, at latest after twice this.
+	// Followers learn of a commit with the next append, at latest after twice this: 10 ms.
 	conf.CommitTimeout = 5 * time.Millisecond
+	// Writers that wait together share an append and its fsync, and a transaction of Apply.
 	conf.MaxAppendEntries = 128
-	conf.TrailingLogs = trailingLogs
-	conf.SnapshotInterval = time.Hour // takeSnapshots decides, not raft
+	// takeSnapshots decides when, by bytes and count, and how much log stays; not raft.
+	conf.SnapshotInterval = time.Hour
 	conf.SnapshotThreshold = 1 << 62
+	conf.TrailingLogs = trailingLogs
 	// A state file that holds the newest snapshot need not be made from it again.
-	conf.NoSnapshotRestoreOnStart = st.at().index >= newest
-	conf.ShutdownOnRemove = false
+	conf.NoSnapshotRestoreOnStart = n.store.at().index >= newest
+	conf.ShutdownOnRemove = false // a removed node says so and stays up, not ready
 	conf.NoLegacyTelemetry = true
 
+	// Replication reads what was just appended from memory.
 	cache, err := raft.NewLogCache(512, n.logs)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	if has, err := raft.HasExistingState(cache, n.logs, snaps); err != nil {
-		return nil, fmt.Errorf("read %s: %w", path, err)
-	} else if !has {
-		if err := raft.BootstrapCluster(conf, cache, n.logs, snaps, n.trans, raft.Configuration{Servers: servers}); err != nil {
-			return nil, fmt.Errorf("bootstrap %s: %w", path, err)
+	trans := guardTransport(n.trans, n.disk, n.log)
+	if servers != nil {
+		if err := raft.BootstrapCluster(conf, cache, n.logs, n.snaps, trans, raft.Configuration{Servers: servers}); err != nil {
+			return fmt.Errorf("bootstrap %s: %w", n.logs.path, err)
 		}
 	}
-	n.raft, err = raft.NewRaft(conf, &fsm{store: st, log: logger, halt: n.halt}, cache, n.logs, snaps, n.trans)
+	r, err := raft.NewRaft(conf, &fsm{store: n.store, log: n.log, disk: n.disk, halt: n.halt}, cache, n.logs, n.snaps, trans)
 	if err != nil {
-		return nil, fmt.Errorf("start raft in %s: %w", dir, err)
+		return fmt.Errorf("start raft in %s: %w; if a file is damaged, move the directory away and start again, and the node rejoins empty", n.dir, err)
 	}
 	n.logs.mark()
+	n.raft.Store(r)
 	n.tasks.Go(n.watchLeadership)
 	n.tasks.Go(n.takeSnapshots)
 	n.tasks.Go(n.keepFresh)
-	n.tasks.Go(func() error {
-		srv := &http.Server{Handler: n.serveAsks(), ReadHeaderTimeout: firstByteTime, MaxHeaderBytes: 4 << 10,
-			ErrorLog: slog.NewLogLogger(logger.Handler(), slog.LevelWarn)}
-		context.AfterFunc(n.ctx, func() { srv.Close() })
-		if err := srv.Serve(askStream{n.port}); !errors.Is(err, http.ErrServerClosed) {
-			return err
-		}
-		return nil
-	})
-	return n, nil
+	n.tasks.Go(n.keepVoters)
+	n.tasks.Go(n.compareHashes)
+	return nil
 }
 
 // halt reports that the node cannot go on and never returns to its caller, so that
@@ -200,24 +207,25 @@ func (n *raftNode) halt(err error) {
 
 // watchLeadership keeps led.
 func (n *raftNode) watchLeadership() error {
+	r := n.raft.Load()
 	for {
 		select {
 		case <-n.ctx.Done():
 			return nil
-		case leads := <-n.raft.LeaderCh():
+		case leads := <-r.LeaderCh():
 			n.led.Store(0)
 			n.store.changed.ring() // readiness may depend on it
 			if !leads {
 				continue
 			}
-			term := n.raft.CurrentTerm()
+			term := r.CurrentTerm()
 			// Behind this barrier the state holds every write that any leader acknowledged:
 			// an entry of the own term is committed, and all before it is applied.
-			if err := n.raft.Barrier(0).Error(); err != nil {
+			if err := r.Barrier(0).Error(); err != nil {
 				n.log.Warn("leadership lost before it began", "term", term, "error", err)
 				continue
 			}
-			if n.raft.CurrentTerm() == term {
+			if r.CurrentTerm() == term {
 				n.led.Store(term)
 				n.log.Info("leading", "term", term, "revision", n.store.at().rev)
 			}
@@ -228,14 +236,19 @@ func (n *raftNode) watchLeadership() error {
 // leads reports whether raft takes this node for the leader and it has caught up with its
 // predecessors. It may have been replaced already.
 func (n *raftNode) leads() bool {
-	return n.raft.State() == raft.Leader && n.led.Load() == n.raft.CurrentTerm()
+	r := n.raft.Load()
+	return r != nil && r.State() == raft.Leader && n.led.Load() == r.CurrentTerm()
 }
 
 // leader returns the id and the API's base URL of the leader that this node knows,
 // or "". The address is from the configuration, never from a request: a client's key
 // follows a redirect.
 func (n *raftNode) leader() (id, api string) {
-	_, sid := n.raft.LeaderWithID()
+	r := n.raft.Load()
+	if r == nil {
+		return "", ""
+	}
+	_, sid := r.LeaderWithID()
 	id = string(sid)
 	m, ok := n.members[id]
 	if !ok {
@@ -246,13 +259,29 @@ func (n *raftNode) leader() (id, api string) {
 
 // role is what /health/ready calls the node.
 func (n *raftNode) role() string {
-	switch n.raft.State() {
-	case raft.Leader:
+	r := n.raft.Load()
+	switch {
+	case r == nil:
+		return "nonvoter"
+	case r.State() == raft.Leader:
 		return "leader"
-	case raft.Candidate:
+	case r.State() == raft.Candidate:
 		return "candidate"
 	}
-	return "follower"
+	for _, s := range r.GetConfiguration().Configuration().Servers {
+		if string(s.ID) == n.id && s.Suffrage == raft.Voter {
+			return "follower"
+		}
+	}
+	return "nonvoter"
+}
+
+// term is raft's current term, 0 before raft has started.
+func (n *raftNode) term() uint64 {
+	if r := n.raft.Load(); r != nil {
+		return r.CurrentTerm()
+	}
+	return 0
 }
 
 // propose commits a command and returns what applying it gave. It gives up at the
@@ -268,7 +297,7 @@ func (n *raftNode) propose(cmd *command, deadline time.Time) (*result, error) {
 	if wait <= 0 {
 		return nil, errUnavailable.because("the request waited too long to be proposed; try again")
 	}
-	f := n.raft.Apply(data, wait)
+	f := n.raft.Load().Apply(data, wait)
 	done := make(chan error, 1)
 	go func() { done <- f.Error() }() // a future has no clock of its own
 	timer := time.NewTimer(time.Until(deadline))
@@ -296,6 +325,9 @@ func (n *raftNode) propose(cmd *command, deadline time.Time) (*result, error) {
 
 // propose fills in who asks and proposes the command.
 func (s *server) propose(c *call, cmd *command) (*result, error) {
+	if grows(cmd) && s.node.disk.lowFor(s.node.store.size()) {
+		return nil, errNoSpace.because("the leader's disk is nearly full: free some space or raise the volume; deletes still work")
+	}
 	cmd.Actor, cmd.Source, cmd.ID = c.who.principal, clientIP(c.r), c.id
 	res, err := s.node.propose(cmd, c.deadline())
 	if res != nil {
@@ -305,6 +337,11 @@ func (s *server) propose(c *call, cmd *command) (*result, error) {
 		return nil, err
 	}
 	return res, nil
+}
+
+// grows reports whether a command adds anything but the events of what it removes.
+func grows(cmd *command) bool {
+	return cmd.Op != "drop" && (cmd.Op == "describe" || slices.ContainsFunc(cmd.Changes, func(c change) bool { return c.Value != nil }))
 }
 
 // requestTimeout is how long a request may take.
@@ -329,10 +366,11 @@ func (s *store) waitFor(ctx context.Context, rev uint64) bool {
 
 // handOver gives leadership away, if this node has it and another can take it.
 func (n *raftNode) handOver() {
-	if n.raft.State() != raft.Leader {
+	r := n.raft.Load()
+	if r == nil || r.State() != raft.Leader {
 		return
 	}
-	if err := n.raft.LeadershipTransfer().Error(); err != nil {
+	if err := r.LeadershipTransfer().Error(); err != nil {
 		n.log.Warn("leadership not handed over", "error", err)
 	}
 }
@@ -340,8 +378,11 @@ func (n *raftNode) handOver() {
 // Close ends raft. The store is not used by it afterwards.
 func (n *raftNode) Close() error {
 	n.stop()
-	err := errors.Join(n.raft.Shutdown().Error(), n.tasks.Wait())
-	n.trans.Close()
+	err := n.tasks.Wait() // first: one of them may be about to start raft
+	if r := n.raft.Load(); r != nil {
+		err = errors.Join(err, r.Shutdown().Error())
+		n.trans.Close()
+	}
 	if cerr := n.logs.Close(); err == nil {
 		err = cerr
 	}
@@ -360,6 +401,7 @@ func (n *raftNode) takeSnapshots() error {
 		snapshotEntries = 8192
 		snapshotMost    = 1 << 20 // entries after which the state's size does not matter
 	)
+	r := n.raft.Load()
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
 	for {
@@ -373,7 +415,17 @@ func (n *raftNode) takeSnapshots() error {
 			continue
 		}
 		n.logs.mark()
-		if err := n.raft.Snapshot().Error(); err != nil && !errors.Is(err, raft.ErrNothingNewToSnapshot) && !errors.Is(err, raft.ErrRaftShutdown) {
+		// Entries may be large: of the log, too, no more stays than half the state's size asks.
+		keep := uint64(trailingLogs)
+		if mean := size / entries; mean > 0 {
+			keep = min(keep, max(uint64((64<<20+n.store.size()/2)/mean), 64))
+		}
+		rc := r.ReloadableConfig()
+		rc.TrailingLogs = keep
+		if err := r.ReloadConfig(rc); err != nil {
+			n.log.Error("trailing logs not set", "error", err)
+		}
+		if err := r.Snapshot().Error(); err != nil && !errors.Is(err, raft.ErrNothingNewToSnapshot) && !errors.Is(err, raft.ErrRaftShutdown) {
 			n.log.Error("snapshot not taken", "error", err)
 		}
 	}
@@ -389,61 +441,6 @@ func (s *store) size() int64 {
 	}
 	return info.Size()
 }
-
-// A raftLog is raft's log, term and vote on the disk. A failing disk ends the node: after
-// one failed fsync nobody knows what is on it.
-type raftLog struct {
-	*raftboltdb.BoltStore
-	path string
-	halt func(error)
-
-	entries, bytes atomic.Int64 // appended since mark
-}
-
-func (l *raftLog) check(op string, err error) error {
-	if err != nil {
-		l.halt(fmt.Errorf("%s %s: %w; check the disk, then start the node again", op, l.path, err))
-	}
-	return err
-}
-
-// StoreLogs implements raft.LogStore.
-func (l *raftLog) StoreLogs(logs []*raft.Log) error {
-	size := 0
-	for _, e := range logs {
-		size += len(e.Data)
-	}
-	if err := l.check("append to", l.BoltStore.StoreLogs(logs)); err != nil {
-		return err
-	}
-	l.entries.Add(int64(len(logs)))
-	l.bytes.Add(int64(size))
-	return nil
-}
-
-// StoreLog implements raft.LogStore.
-func (l *raftLog) StoreLog(e *raft.Log) error { return l.StoreLogs([]*raft.Log{e}) }
-
-// DeleteRange implements raft.LogStore.
-func (l *raftLog) DeleteRange(min, max uint64) error {
-	return l.check("truncate", l.BoltStore.DeleteRange(min, max))
-}
-
-// Set implements raft.StableStore.
-func (l *raftLog) Set(k, v []byte) error {
-	return l.check("write term or vote to", l.BoltStore.Set(k, v))
-}
-
-// SetUint64 implements raft.StableStore.
-func (l *raftLog) SetUint64(k []byte, v uint64) error {
-	return l.check("write term or vote to", l.BoltStore.SetUint64(k, v))
-}
-
-// mark begins counting anew.
-func (l *raftLog) mark() { l.entries.Store(0); l.bytes.Store(0) }
-
-// grown is what was appended since mark.
-func (l *raftLog) grown() (entries, bytes int64) { return l.entries.Load(), l.bytes.Load() }
 
 // A raftLogger passes raft's log lines on to slog at their own level.
 type raftLogger struct {

@@ -81,15 +81,11 @@ const roundTime = time.Second
 // does not tell of acknowledgements' ages, so VerifyLeader cannot be used: an answer that
 // was in a socket while this process was paused would confirm it.
 func (n *raftNode) askMajority(term uint64) error {
-	f := n.raft.GetConfiguration()
-	if err := f.Error(); err != nil {
-		return err
-	}
 	votes := 0
 	ctx, cancel := context.WithTimeout(context.Background(), roundTime)
 	defer cancel() // a majority is enough; the others' answers are not waited for
 	var others []string
-	for _, s := range f.Configuration().Servers {
+	for _, s := range n.raft.Load().GetConfiguration().Configuration().Servers {
 		if s.Suffrage != raft.Voter {
 			continue
 		}
@@ -144,7 +140,7 @@ func (n *raftNode) behindLog(ctx context.Context) (uint64, error) {
 		if !n.leads() {
 			return 0, errNotLeading
 		}
-		f := n.raft.Barrier(roundTime)
+		f := n.raft.Load().Barrier(roundTime)
 		done := make(chan error, 1)
 		go func() { done <- f.Error() }()
 		select {
@@ -224,6 +220,9 @@ func (n *raftNode) knownFresh(t time.Time) {
 			return
 		}
 		if n.freshSince.CompareAndSwap(old, &t) {
+			if old == nil {
+				n.log.Info("caught up", "revision", n.store.at().rev, "took", time.Since(n.began))
+			}
 			return
 		}
 	}

@@ -31,13 +31,18 @@ func (s *server) ready(c *call) error {
 	pos := s.store.at()
 	age, known := s.node.staleness()
 	r := readiness{
-		Status: "ready", Node: s.node.id, Role: s.node.role(), Term: s.node.raft.CurrentTerm(),
+		Status: "ready", Node: s.node.id, Role: s.node.role(), Term: s.node.term(),
 		Revision: pos.rev, Hash: hex.EncodeToString(pos.hash[:]), StalenessMs: stalenessMs(age, known),
 	}
 	r.LeaderID, r.Leader = s.node.leader()
 	switch {
 	case s.stopping.Load() != serving:
 		r.Reason = "shutting down"
+	case s.node.raft.Load() == nil:
+		r.Reason = "starting"
+		if why := s.node.waitsFor.Load(); why != nil {
+			r.Reason = *why
+		}
 	case r.LeaderID == "":
 		r.Reason = "no leader is known"
 	case !known:

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -28,10 +29,10 @@ import (
 //
 //	bucket      key           value
 //	meta        "format"      version[4]; this text describes version 1
-//	meta        "applied"     index[8] of the last raft entry in this file
-//	meta        "revision"    rev[8]
-//	meta        "time"        nanoseconds[8] since 1970 of the newest event
-//	meta        "hash"        SHA-256[32] of the newest event
+//	meta        "applied"     crc[4] index[8] of the last raft entry in this file
+//	meta        "revision"    crc[4] rev[8]
+//	meta        "time"        crc[4] nanoseconds[8] since 1970 of the newest event
+//	meta        "hash"        crc[4] SHA-256[32] of the newest event
 //	config      ns[] 00 key[] crc[4] rev[8] version[8] k[1] place[10]*k entry[], JSON
 //	namespaces  ns[]          crc[4] flags[1] keys[8] rev[8] place[10] meta[], JSON of nsMeta
 //	trail       rev[8] n[2]   crc[4] place[10] k[1] place[10]*k event[], JSON
@@ -250,23 +251,41 @@ func readPosition(db *bbolt.DB) (*position, error) {
 		if len(f) != 4 || binary.BigEndian.Uint32(f) != storeFormat {
 			return fmt.Errorf("format %x, this confman reads %d: written by a newer one?", f, storeFormat)
 		}
-		number := func(name string) uint64 {
-			if v := meta.Get([]byte(name)); len(v) == 8 {
-				return binary.BigEndian.Uint64(v)
+		var hash []byte
+		for _, m := range []struct {
+			name string
+			set  func(v []byte)
+			size int
+		}{
+			{"applied", func(v []byte) { pos.index = binary.BigEndian.Uint64(v) }, 8},
+			{"revision", func(v []byte) { pos.rev = binary.BigEndian.Uint64(v) }, 8},
+			{"time", func(v []byte) { pos.nanos = int64(binary.BigEndian.Uint64(v)) }, 8},
+			{"hash", func(v []byte) { hash = v }, 32},
+		} {
+			k := []byte(m.name)
+			rec := meta.Get(k)
+			if rec == nil {
+				continue // nothing has been applied yet
 			}
-			return 0
+			v, err := unseal(bucketMeta, k, rec)
+			if err == nil && len(v) != m.size {
+				err = fmt.Errorf("state.db: bucket meta, key %q: %w", k, errCorrupt)
+			}
+			if err != nil {
+				return err
+			}
+			m.set(v)
 		}
-		pos.index, pos.rev, pos.nanos = number("applied"), number("revision"), int64(number("time"))
-		copy(pos.hash[:], meta.Get([]byte("hash")))
-		return nil
+		copy(pos.hash[:], hash)
+		return checkTail(tx, pos)
 	})
 	return pos, err
 }
 
 // storedRevision is the store's revision as the transaction sees it.
 func storedRevision(tx *bbolt.Tx) uint64 {
-	if v := tx.Bucket(bucketMeta).Get([]byte("revision")); len(v) == 8 {
-		return binary.BigEndian.Uint64(v)
+	if v := tx.Bucket(bucketMeta).Get([]byte("revision")); len(v) == 12 {
+		return binary.BigEndian.Uint64(v[4:])
 	}
 	return 0
 }
@@ -286,21 +305,30 @@ func (s *store) Close() error {
 // at returns what is committed at this moment.
 func (s *store) at() *position { return s.pos.Load() }
 
-// begin opens a read transaction. The caller ends it with Rollback and keeps no
-// slow client waiting inside: pages freed meanwhile cannot be used again.
+// path names the state file in messages.
+func (s *store) path() string { return filepath.Join(s.dir, "state.db") }
+
+// begin opens a read transaction. The caller ends it with Rollback and keeps no slow
+// client waiting inside: pages freed meanwhile cannot be used again.
 func (s *store) begin() (*bbolt.Tx, error) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	return s.db.Begin(false)
 }
 
-// view runs f in a read transaction.
-func (s *store) view(f func(tx *bbolt.Tx) error) error {
+// view runs f in a read transaction. bbolt panics on a page that cannot be one; that is
+// errCorrupt too.
+func (s *store) view(f func(tx *bbolt.Tx) error) (err error) {
 	tx, err := s.begin()
 	if err != nil {
 		return err
 	}
 	defer tx.Rollback()
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("%s: %v: %w", s.path(), p, errCorrupt)
+		}
+	}()
 	return f(tx)
 }
 
@@ -388,18 +416,32 @@ func entryKey(ns, key string) []byte {
 
 // getEntry finds an entry; ok is false where there is none.
 func getEntry(tx *bbolt.Tx, k []byte) (e entryRecord, ok bool, err error) {
-	rec := tx.Bucket(bucketConfig).Get(k)
-	if rec == nil {
-		return e, false, nil
+	cur := tx.Bucket(bucketConfig).Cursor()
+	found, rec := cur.Seek(k)
+	if bytes.Equal(found, k) {
+		e, err = parseEntry(k, rec)
+		return e, err == nil, err
 	}
-	e, err = parseEntry(k, rec)
-	return e, err == nil, err
+	// A key that was damaged is not found under its name, but what stands where it would be
+	// does not fit its checksum.
+	if found != nil {
+		if _, err := parseEntry(found, rec); err != nil {
+			return e, false, err
+		}
+	}
+	if found, rec = cur.Prev(); found != nil {
+		_, err = parseEntry(found, rec)
+	}
+	return e, false, err
 }
 
 func parseEntry(k, rec []byte) (e entryRecord, err error) {
 	b, err := unseal(bucketConfig, k, rec)
 	if err != nil {
 		return e, err
+	}
+	if len(b) < 17 || len(b) < 17+int(b[16])*10 {
+		return e, fmt.Errorf("state.db: entry %q: %w", k, errCorrupt)
 	}
 	e.rev, e.version = binary.BigEndian.Uint64(b), binary.BigEndian.Uint64(b[8:])
 	n := int(b[16]) * 10

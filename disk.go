@@ -1,0 +1,307 @@
+package main
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/hashicorp/raft"
+	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
+	"go.etcd.io/bbolt"
+)
+
+// lockDir takes the data directory for this process until it ends.
+func lockDir(dir string) (*os.File, error) {
+	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+		f.Close()
+		if errors.Is(err, syscall.EWOULDBLOCK) {
+			return nil, fmt.Errorf("data directory %s is in use by another process", dir)
+		}
+		return nil, &os.PathError{Op: "flock", Path: f.Name(), Err: err}
+	}
+	return f, nil
+}
+
+// A disk is what a node knows of the file system under its data directory.
+type disk struct {
+	dir   string
+	floor uint64 // bytes that must stay free, Storage.MinFreeMiB
+	halt  func(error)
+
+	free atomic.Uint64 // bytes free, as watch last saw
+
+	mu   sync.Mutex // guards busy and next
+	busy map[uint64]*stall
+	next uint64
+}
+
+// A stall is a store call that has not returned yet.
+type stall struct {
+	what  string
+	ticks int
+}
+
+const (
+	diskTick = 500 * time.Millisecond
+	// stallTicks of the watchdog are how long one store call may take: 10 s. It counts its own
+	// ticks rather than the clock, so that a process that was paused does not end when it wakes.
+	stallTicks = 20
+)
+
+func newDisk(dir string, floor uint64, halt func(error)) *disk {
+	d := &disk{dir: dir, floor: floor, halt: halt, busy: map[uint64]*stall{}}
+	d.look()
+	return d
+}
+
+// look reads how much is free. Where the system cannot say, all is.
+func (d *disk) look() {
+	var st syscall.Statfs_t
+	if err := syscall.Statfs(d.dir, &st); err != nil {
+		d.free.Store(1 << 62)
+		return
+	}
+	d.free.Store(st.Bavail * uint64(st.Bsize))
+}
+
+// during brackets a store call: a leader whose disk hangs otherwise leads for ever, for
+// its heartbeats need no disk. Call what it returns when the call is over.
+func (d *disk) during(what string) (done func()) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	id := d.next
+	d.next++
+	d.busy[id] = &stall{what: what}
+	return func() {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		delete(d.busy, id)
+	}
+}
+
+// watch runs as long as the process: the node's last store calls are watched too.
+func (d *disk) watch() error {
+	go func() {
+		for range time.Tick(diskTick) {
+			d.mu.Lock()
+			for _, s := range d.busy {
+				if s.ticks++; s.ticks >= stallTicks {
+					d.mu.Unlock()
+					d.halt(fmt.Errorf("%s has hung for %v; check the disk, then start the node again", s.what, stallTicks*diskTick))
+				}
+			}
+			d.mu.Unlock()
+		}
+	}()
+	go func() {
+		for range time.Tick(2 * diskTick) {
+			d.look() // beside the watchdog: on a hung disk it may hang too
+		}
+	}()
+	return nil
+}
+
+// low reports that a follower must not take more.
+func (d *disk) low() bool { return d.free.Load() < d.floor }
+
+// lowFor reports that a leader must not take writes for a state file of the given size.
+func (d *disk) lowFor(state int64) bool { return d.free.Load() < max(d.floor, 2*uint64(state)) }
+
+// A guardedTransport refuses what would fill the disk before raft touches its log for it: raft
+// does not survive an append that fails half-way.
+type guardedTransport struct {
+	*raft.NetworkTransport
+	rpcs chan raft.RPC
+}
+
+// Consumer implements raft.Transport.
+func (t *guardedTransport) Consumer() <-chan raft.RPC { return t.rpcs }
+
+// guardTransport puts the guard before raft. It runs as long as the process.
+func guardTransport(inner *raft.NetworkTransport, d *disk, log *slog.Logger) *guardedTransport {
+	t := &guardedTransport{inner, make(chan raft.RPC)}
+	go func() {
+		refusing := false
+		for rpc := range inner.Consumer() {
+			low := d.low()
+			if low != refusing {
+				refusing = low
+				if low {
+					log.Error("disk is nearly full: entries are refused", "free", d.free.Load(), "minimum", d.floor)
+				} else {
+					log.Info("disk has room again", "free", d.free.Load())
+				}
+			}
+			if !low {
+				t.rpcs <- rpc
+				continue
+			}
+			full := fmt.Errorf("%s has %d bytes free, less than Storage.MinFreeMiB", d.dir, d.free.Load())
+			switch cmd := rpc.Command.(type) {
+			case *raft.AppendEntriesRequest:
+				if len(cmd.Entries) > 0 {
+					rpc.Respond(&raft.AppendEntriesResponse{}, full)
+					continue
+				}
+			case *raft.InstallSnapshotRequest:
+				go func() {
+					io.Copy(io.Discard, rpc.Reader) // the connection carries on behind it
+					rpc.Respond(&raft.InstallSnapshotResponse{}, full)
+				}()
+				continue
+			}
+			t.rpcs <- rpc
+		}
+	}()
+	return t
+}
+
+// A raftLog is raft's log, term and vote on the disk. A failing disk ends the node: after
+// one failed fsync nobody knows what is on it.
+//
+// Every entry carries a checksum of its index, term, type and data in Log.Extensions, and every
+// value beside the log one behind it, for bbolt checks nothing but its meta pages. They are
+// CRC-32C, big-endian.
+type raftLog struct {
+	*raftboltdb.BoltStore
+	path string
+	disk *disk
+
+	entries, bytes atomic.Int64 // appended since mark
+}
+
+func openRaftLog(path string, d *disk) (*raftLog, error) {
+	bolt, err := raftboltdb.New(raftboltdb.Options{Path: path, BoltOptions: &bbolt.Options{
+		Timeout:      time.Second,
+		FreelistType: bbolt.FreelistMapType,
+		// The log is short, so the scan that an open then needs is too, and each append is
+		// spared the list of the pages that truncation freed.
+		NoFreelistSync:  true,
+		NoStatistics:    true,
+		InitialMmapSize: 4 << 30, // address space; see openDB
+	}})
+	if err != nil {
+		return nil, fmt.Errorf("open %s: %w", path, err)
+	}
+	if err := syncDir(filepath.Dir(path)); err != nil {
+		return nil, err
+	}
+	return &raftLog{BoltStore: bolt, path: path, disk: d}, nil
+}
+
+// check ends the node where a write failed.
+func (l *raftLog) check(op string, err error) error {
+	if err != nil {
+		l.disk.halt(fmt.Errorf("%s %s: %w; check the disk, then start the node again", op, l.path, err))
+	}
+	return err
+}
+
+func entrySum(e *raft.Log) []byte {
+	var head [17]byte
+	binary.BigEndian.PutUint64(head[:], e.Index)
+	binary.BigEndian.PutUint64(head[8:], e.Term)
+	head[16] = byte(e.Type)
+	return binary.BigEndian.AppendUint32(nil, crc32.Update(crc32.Checksum(head[:], castagnoli), castagnoli, e.Data))
+}
+
+// StoreLogs implements raft.LogStore. A follower stores the sums that the leader made, so
+// what was damaged on the way is refused too.
+func (l *raftLog) StoreLogs(logs []*raft.Log) error {
+	size := 0
+	for _, e := range logs {
+		if e.Extensions == nil {
+			e.Extensions = entrySum(e)
+		} else if string(e.Extensions) != string(entrySum(e)) {
+			return l.check("append to", fmt.Errorf("entry %d: %w", e.Index, errCorrupt))
+		}
+		size += len(e.Data)
+	}
+	defer l.disk.during("append to " + l.path)()
+	if err := l.check("append to", l.BoltStore.StoreLogs(logs)); err != nil {
+		return err
+	}
+	l.entries.Add(int64(len(logs)))
+	l.bytes.Add(int64(size))
+	return nil
+}
+
+// StoreLog implements raft.LogStore.
+func (l *raftLog) StoreLog(e *raft.Log) error { return l.StoreLogs([]*raft.Log{e}) }
+
+// GetLog implements raft.LogStore.
+func (l *raftLog) GetLog(index uint64, e *raft.Log) error {
+	err := l.BoltStore.GetLog(index, e)
+	if err == nil && (e.Index != index || string(e.Extensions) != string(entrySum(e))) {
+		err = fmt.Errorf("entry %d: %w", index, errCorrupt)
+	}
+	if err != nil && !errors.Is(err, raft.ErrLogNotFound) {
+		l.disk.halt(fmt.Errorf("read %s: %w; move the data directory away and start again, and the node rejoins empty", l.path, err))
+	}
+	return err
+}
+
+// DeleteRange implements raft.LogStore.
+func (l *raftLog) DeleteRange(min, max uint64) error {
+	defer l.disk.during("truncate " + l.path)()
+	return l.check("truncate", l.BoltStore.DeleteRange(min, max))
+}
+
+// Set implements raft.StableStore.
+func (l *raftLog) Set(k, v []byte) error {
+	defer l.disk.during("write term or vote to " + l.path)()
+	sealed := append(make([]byte, 0, len(v)+4), v...)
+	sealed = binary.BigEndian.AppendUint32(sealed, crc32.Update(crc32.Checksum(k, castagnoli), castagnoli, v))
+	return l.check("write term or vote to", l.BoltStore.Set(k, sealed))
+}
+
+// Get implements raft.StableStore.
+func (l *raftLog) Get(k []byte) ([]byte, error) {
+	v, err := l.BoltStore.Get(k)
+	if err != nil {
+		return nil, err
+	}
+	n := len(v) - 4
+	if n < 0 || binary.BigEndian.Uint32(v[n:]) != crc32.Update(crc32.Checksum(k, castagnoli), castagnoli, v[:n]) {
+		return nil, fmt.Errorf("read %s: %s: %w; move the data directory away and start again, and the node rejoins empty", l.path, k, errCorrupt)
+	}
+	return v[:n], nil
+}
+
+// SetUint64 implements raft.StableStore.
+func (l *raftLog) SetUint64(k []byte, v uint64) error {
+	return l.Set(k, binary.BigEndian.AppendUint64(nil, v))
+}
+
+// GetUint64 implements raft.StableStore.
+func (l *raftLog) GetUint64(k []byte) (uint64, error) {
+	v, err := l.Get(k)
+	if err != nil {
+		return 0, err
+	}
+	if len(v) != 8 {
+		return 0, fmt.Errorf("read %s: %s: %w", l.path, k, errCorrupt)
+	}
+	return binary.BigEndian.Uint64(v), nil
+}
+
+// mark begins counting anew.
+func (l *raftLog) mark() { l.entries.Store(0); l.bytes.Store(0) }
+
+// grown is what was appended since mark.
+func (l *raftLog) grown() (entries, bytes int64) { return l.entries.Load(), l.bytes.Load() }
+
+var _ = os.Stdout

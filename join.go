@@ -1,0 +1,350 @@
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/binary"
+	"encoding/json"
+	"fmt"
+	"math"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/raft"
+)
+
+// A node whose directory was lost looks like a new one, and would vote with an empty log for
+// a leader that lacks what it had itself acknowledged. So an empty node does not start raft, for
+// even an unconfigured raft grants votes, before it has found out which of two it is:
+//
+//   - one of a cluster that is new: then it bootstraps with the same members as all others;
+//   - one of a cluster that holds data: then the leader must take its vote away first, and that
+//     must be committed. It then starts without a vote, is caught up, and gets its vote back.
+//
+// Nodes that start together see each other turn from empty to formed. What tells a fresh
+// cluster from an old one is the directories' identities: a number drawn when the directory is
+// made, in the file identity. A node that bootstraps notes in the file formed whose empty
+// directories it had seen by then. Whoever is asked by one of those knows that it was never
+// more than empty.
+
+// The file identity holds a number and one of these words.
+const (
+	identityFresh = "fresh" // raft has never started in this directory
+	identityUsed  = "used"
+)
+
+// readIdentity reads the directory's identity or draws one; hasState says that raft has state.
+// A directory that raft had used, and whose raft state is gone, is another one now.
+func (n *raftNode) readIdentity(hasState bool) error {
+	path := filepath.Join(n.dir, "identity")
+	b, err := os.ReadFile(path)
+	if err != nil && !os.IsNotExist(err) {
+		return err
+	}
+	num, word, _ := strings.Cut(strings.TrimSpace(string(b)), " ")
+	id, perr := strconv.ParseUint(num, 10, 64)
+	if perr != nil || !hasState && word != identityFresh {
+		var raw [8]byte
+		rand.Read(raw[:])
+		id, word = binary.BigEndian.Uint64(raw[:]), identityFresh
+		if err := os.Remove(filepath.Join(n.dir, "formed")); err != nil && !os.IsNotExist(err) {
+			return err
+		}
+		if err := writeFileSync(path, fmt.Appendf(nil, "%d %s\n", id, word)); err != nil {
+			return err
+		}
+	}
+	n.identity = id
+	if hasState {
+		formed := map[string]uint64{}
+		if b, err := os.ReadFile(filepath.Join(n.dir, "formed")); err == nil {
+			// One that cannot be read names nobody, which is the safe side.
+			json.Unmarshal(b, &formed)
+		}
+		n.formed.Store(&formed)
+	}
+	return nil
+}
+
+// becomeUsed notes that raft is about to start here, in a cluster that these nodes formed.
+func (n *raftNode) becomeUsed(formed map[string]uint64) error {
+	b, err := json.Marshal(formed)
+	if err != nil {
+		return err
+	}
+	if err := writeFileSync(filepath.Join(n.dir, "formed"), b); err != nil {
+		return err
+	}
+	if err := writeFileSync(filepath.Join(n.dir, "identity"), fmt.Appendf(nil, "%d %s\n", n.identity, identityUsed)); err != nil {
+		return err
+	}
+	n.formed.Store(&formed) // from now on this node answers that it has data
+	return nil
+}
+
+// What a node answers to /state?node=ID&identity=N.
+const (
+	stateEmpty      = 0 // raft has no state here
+	stateData       = 1 // it has, and the asker may have had part in it
+	stateFormedWith = 2 // it has, from a formation that saw the asker's directory empty
+)
+
+// stateFor answers a node that asks what this one holds.
+func (n *raftNode) stateFor(id string, identity uint64) uint64 {
+	formed := n.formed.Load()
+	switch {
+	case formed == nil:
+		return stateEmpty
+	case identity != 0 && (*formed)[id] == identity:
+		return stateFormedWith
+	}
+	return stateData
+}
+
+const (
+	// formMoment is how long an empty node waits for all others to answer before a majority is
+	// enough.
+	formMoment = 2 * time.Second
+	askPause   = 100 * time.Millisecond
+)
+
+// join finds out how this empty node may start raft: with the members of a new cluster, or
+// with none, when the leader of the one that is there has made it a member without a vote.
+func (n *raftNode) join() ([]raft.Server, error) {
+	others := make([]string, 0, len(n.members))
+	for id := range n.members {
+		if id != n.id {
+			others = append(others, id)
+		}
+	}
+	slices.Sort(others)
+	began, told := time.Now(), ""
+	for {
+		empty, holder := n.askStates(others)
+		if holder != "" {
+			n.say(&told, "this node's directory is empty, but node "+holder+" has data: waiting until the leader has taken this node's vote away")
+			for _, id := range others {
+				ctx, cancel := context.WithTimeout(n.ctx, 2*n.cfg.requestTimeout())
+				_, err := n.ask(ctx, id, fmt.Sprintf("/rejoin?node=%s&identity=%d", n.id, n.identity), 1)
+				cancel()
+				if err == nil {
+					n.log.Info("rejoining without a vote", "leader", id)
+					return nil, n.becomeUsed(map[string]uint64{})
+				}
+			}
+		} else if len(empty) == len(n.members) || len(empty) > len(n.members)/2 && time.Since(began) > formMoment {
+			n.log.Info("forming a new cluster", "empty", len(empty), "nodes", len(n.members))
+			var servers []raft.Server
+			for id := range n.members {
+				// Raft remembers votes by address bytes. Ours are node ids, which are unique, and dial
+				// finds the host behind one: no two nodes look like one, whatever they listen on.
+				servers = append(servers, raft.Server{ID: raft.ServerID(id), Address: raft.ServerAddress(id)})
+			}
+			slices.SortFunc(servers, func(a, b raft.Server) int { return strings.Compare(string(a.ID), string(b.ID)) })
+			return servers, n.becomeUsed(empty)
+		} else {
+			n.say(&told, "this node's directory is empty: waiting until the other nodes have said whether they have data")
+		}
+		select {
+		case <-n.ctx.Done():
+			return nil, n.ctx.Err()
+		case <-time.After(askPause): // the pace of the question
+		}
+	}
+}
+
+// say logs why the node waits, once for each reason, and tells readiness.
+func (n *raftNode) say(told *string, why string) {
+	if *told != why {
+		*told = why
+		n.waitsFor.Store(&why)
+		if time.Since(n.began) > formMoment/4 {
+			n.log.Warn(why)
+		}
+	}
+}
+
+// askStates asks the others what they hold. empty has those that hold nothing, or a cluster so
+// fresh that it saw this directory empty, this node included; holder is one that has data.
+func (n *raftNode) askStates(others []string) (empty map[string]uint64, holder string) {
+	empty = map[string]uint64{n.id: n.identity}
+	ctx, cancel := context.WithTimeout(n.ctx, roundTime/2)
+	defer cancel()
+	var mu sync.Mutex // guards empty and holder
+	var wg sync.WaitGroup
+	for _, id := range others {
+		wg.Go(func() {
+			nums, err := n.ask(ctx, id, fmt.Sprintf("/state?node=%s&identity=%d", n.id, n.identity), 2)
+			mu.Lock()
+			defer mu.Unlock()
+			switch {
+			case err != nil: // silence is no answer
+			case nums[0] == stateData:
+				holder = id
+			default:
+				empty[id] = nums[1]
+			}
+		})
+	}
+	wg.Wait()
+	return empty, holder
+}
+
+// rejoin lets a node whose directory is empty become a member without a vote. It returns when
+// that is committed. Only the leader does it, and only for the node that answers under the id's
+// own address.
+func (n *raftNode) rejoin(ctx context.Context, id string, identity uint64) error {
+	n.rejoins.Lock()
+	defer n.rejoins.Unlock()
+	if !n.leads() {
+		return errNotLeading
+	}
+	if _, ok := n.members[id]; !ok || id == n.id {
+		return fmt.Errorf("node %s is not another one of Cluster.Nodes", id)
+	}
+	nums, err := n.ask(ctx, id, fmt.Sprintf("/state?node=%s&identity=0", n.id), 2)
+	if err != nil {
+		return err
+	}
+	if nums[0] != stateEmpty || nums[1] != identity {
+		return fmt.Errorf("another node answers under the address of node %s", id)
+	}
+	r := n.raft.Load()
+	var change raft.IndexFuture
+	for _, s := range r.GetConfiguration().Configuration().Servers {
+		if string(s.ID) != id {
+			continue
+		}
+		if s.Suffrage != raft.Voter {
+			_, err := n.behindLog(ctx) // it may have been demoted a moment ago: see that committed
+			return err
+		}
+		n.log.Warn("a node came back empty: its vote is taken away until it has caught up", "member", id)
+		change = r.DemoteVoter(s.ID, 0, n.cfg.requestTimeout())
+	}
+	if change == nil {
+		change = r.AddNonvoter(raft.ServerID(id), raft.ServerAddress(id), 0, n.cfg.requestTimeout())
+	}
+	return change.Error()
+}
+
+// caughtUp is how many entries a node without a vote may be behind when it gets one.
+const caughtUp = 256
+
+// keepVoters gives members of Cluster.Nodes that have no vote theirs, when this node leads
+// and they have caught up.
+func (n *raftNode) keepVoters() error {
+	r := n.raft.Load()
+	for {
+		select {
+		case <-n.ctx.Done():
+			return nil
+		case <-time.After(roundTime / 2):
+		}
+		if !n.leads() {
+			continue
+		}
+		for _, s := range r.GetConfiguration().Configuration().Servers {
+			if _, ok := n.members[string(s.ID)]; !ok || s.Suffrage == raft.Voter {
+				continue
+			}
+			ctx, cancel := context.WithTimeout(n.ctx, roundTime)
+			nums, err := n.ask(ctx, string(s.ID), "/applied", 1)
+			cancel()
+			if err != nil || nums[0]+caughtUp < r.AppliedIndex() {
+				continue
+			}
+			n.rejoins.Lock()
+			err = r.AddVoter(s.ID, s.Address, 0, n.cfg.requestTimeout()).Error()
+			n.rejoins.Unlock()
+			if err != nil {
+				n.log.Warn("vote not given", "member", string(s.ID), "error", err)
+			} else {
+				n.log.Info("a node has caught up and votes", "member", string(s.ID))
+			}
+		}
+	}
+}
+
+// compareEvery is how often a node compares its trail with the others'.
+const compareEvery = 5 * time.Second
+
+// compareHashes compares the hash of the newest event with the other nodes' for the same
+// revision. Replicas of one log cannot differ, so a node that does, from a majority, stops; and
+// one that no majority agrees with stops too.
+func (n *raftNode) compareHashes() error {
+	for {
+		select {
+		case <-n.ctx.Done():
+			return nil
+		case <-time.After(compareEvery):
+		}
+		pos := n.store.at()
+		if pos.rev == 0 {
+			continue
+		}
+		mine := hashNumbers(pos.hash)
+		same, differ := 1, []string{}
+		for id := range n.members {
+			if id == n.id {
+				continue
+			}
+			ctx, cancel := context.WithTimeout(n.ctx, roundTime)
+			theirs, err := n.ask(ctx, id, "/hash?revision="+strconv.FormatUint(pos.rev, 10), 4)
+			cancel()
+			switch {
+			case err != nil: // away, or behind
+			case slices.Equal(theirs, mine):
+				same++
+			default:
+				differ = append(differ, id)
+			}
+		}
+		if len(differ) == 0 {
+			continue
+		}
+		slices.Sort(differ)
+		if same > len(n.members)/2 {
+			n.log.Error("another node's trail differs from the majority's", "revision", pos.rev, "nodes", strings.Join(differ, " "))
+			continue
+		}
+		n.halt(fmt.Errorf("the audit trail of this node differs from that of %s at revision %d, and no majority has this node's: "+
+			"move the data directory away and start again, and the node rejoins empty", strings.Join(differ, " and "), pos.rev))
+	}
+}
+
+// hashNumbers is a hash as nodes send it.
+func hashNumbers(h [32]byte) []uint64 {
+	nums := make([]uint64, 4)
+	for i := range nums {
+		nums[i] = binary.BigEndian.Uint64(h[i*8:])
+	}
+	return nums
+}
+
+// hashAt is the hash of the newest event of a revision at most rev; false where the store
+// has not come that far or has lost it.
+func (s *store) hashAt(rev uint64) (h [32]byte, ok bool, err error) {
+	tx, err := s.begin()
+	if err != nil {
+		return h, false, err
+	}
+	defer tx.Rollback()
+	if storedRevision(tx) < rev {
+		return h, false, nil
+	}
+	next, err := newestFirst(tx, "", place{rev, math.MaxUint16})
+	if err != nil {
+		return h, false, err
+	}
+	at, ev, err := next()
+	if err != nil || at.rev == 0 {
+		return h, false, err
+	}
+	return hashOf(ev.json), true, nil
+}
