@@ -41,7 +41,8 @@ type disk struct {
 	floor uint64 // bytes that must stay free, Storage.MinFreeMiB
 	halt  func(error)
 
-	free atomic.Uint64 // bytes free, as watch last saw
+	free  atomic.Uint64 // bytes free, as look last saw
+	state atomic.Uint64 // bytes of the state file, likewise
 
 	mu   sync.Mutex // guards busy and next
 	busy map[uint64]*stall
@@ -75,6 +76,9 @@ func (d *disk) look() {
 		return
 	}
 	d.free.Store(st.Bavail * uint64(st.Bsize))
+	if info, err := os.Stat(filepath.Join(d.dir, "state.db")); err == nil {
+		d.state.Store(uint64(info.Size()))
+	}
 }
 
 // during brackets a store call: a leader whose disk hangs otherwise leads for ever, for
@@ -117,8 +121,9 @@ func (d *disk) watch() error {
 // low reports that a follower must not take more.
 func (d *disk) low() bool { return d.free.Load() < d.floor }
 
-// lowFor reports that a leader must not take writes for a state file of the given size.
-func (d *disk) lowFor(state int64) bool { return d.free.Load() < max(d.floor, 2*uint64(state)) }
+// lowForLeader reports that a leader must not take writes: there must be room for a
+// snapshot, too, and for what it is restored to.
+func (d *disk) lowForLeader() bool { return d.free.Load() < max(d.floor, 2*d.state.Load()) }
 
 // A guardedTransport refuses what would fill the disk before raft touches its log for it: raft
 // does not survive an append that fails half-way.
@@ -303,5 +308,3 @@ func (l *raftLog) mark() { l.entries.Store(0); l.bytes.Store(0) }
 
 // grown is what was appended since mark.
 func (l *raftLog) grown() (entries, bytes int64) { return l.entries.Load(), l.bytes.Load() }
-
-var _ = os.Stdout

@@ -47,34 +47,48 @@ type change struct {
 	Type  string  `json:"t,omitempty"`
 }
 
-// encode makes the data of a raft entry:
+// The data of a raft entry is
 //
-//	crc[4] command[]
+//	crc[4] *( command LF )
 //
-// where crc is CRC-32C of what follows, big-endian, and command is JSON.
-func (c *command) encode() ([]byte, error) {
-	var b bytes.Buffer
-	b.Write(make([]byte, 4))
-	enc := json.NewEncoder(&b)
+// where crc is CRC-32C of what follows, big-endian, and a command is JSON. Commands of one
+// entry are applied one after the other, each with a revision of its own.
+
+// appendTo appends the command and the line feed.
+func (c *command) appendTo(b []byte) ([]byte, error) {
+	buf := bytes.NewBuffer(b)
+	enc := json.NewEncoder(buf)
 	enc.SetEscapeHTML(false)
-	if err := enc.Encode(c); err != nil {
-		return nil, err
-	}
-	data := b.Bytes()
-	binary.BigEndian.PutUint32(data, crc32.Checksum(data[4:], castagnoli))
-	return data, nil
+	err := enc.Encode(c)
+	return buf.Bytes(), err
 }
 
-// decodeCommand is the reverse of encode.
-func decodeCommand(data []byte) (*command, error) {
+// sealCommands puts the checksum in front of commands, where four bytes were left free.
+func sealCommands(data []byte) []byte {
+	binary.BigEndian.PutUint32(data, crc32.Checksum(data[4:], castagnoli))
+	return data
+}
+
+// encode makes an entry of one command.
+func (c *command) encode() ([]byte, error) {
+	data, err := c.appendTo(make([]byte, 4))
+	return sealCommands(data), err
+}
+
+// decodeCommands reads the commands of an entry.
+func decodeCommands(data []byte) ([]*command, error) {
 	if err := checkCommand(data); err != nil {
 		return nil, err
 	}
-	c := new(command)
-	if err := json.Unmarshal(data[4:], c); err != nil {
-		return nil, err
+	var cs []*command
+	for line := range bytes.Lines(data[4:]) {
+		c := new(command)
+		if err := json.Unmarshal(line, c); err != nil {
+			return nil, err
+		}
+		cs = append(cs, c)
 	}
-	return c, nil
+	return cs, nil
 }
 
 // checkCommand checks the checksum of a raft entry's data.
@@ -110,8 +124,8 @@ type fsm struct {
 func (f *fsm) Apply(l *raft.Log) any { return f.ApplyBatch([]*raft.Log{l})[0] }
 
 // ApplyBatch implements raft.BatchingFSM: all of logs in one transaction, with the note
-// that they are done, so that a crash neither loses a command nor runs it twice. A refusal
-// is a result.
+// that they are done, so that a crash neither loses a command nor runs it twice. The response of
+// an entry is a []*result, one for each of its commands; a refusal is a result.
 func (f *fsm) ApplyBatch(logs []*raft.Log) []any {
 	defer f.disk.during("write to " + f.store.path())()
 	out, err := f.store.apply(logs)
@@ -140,19 +154,19 @@ func (s *store) apply(logs []*raft.Log) ([]any, error) {
 			if l.Type != raft.LogCommand {
 				continue // a batch is handed configuration entries too
 			}
-			c, err := decodeCommand(l.Data)
+			cs, err := decodeCommands(l.Data)
 			if err != nil {
 				return fmt.Errorf("raft entry %d is not a command: %w", l.Index, err)
 			}
-			if c.Until != 0 && l.AppendedAt.UnixNano() > c.Until {
-				out[i] = &result{err: errUnavailable.because("the request waited too long to be proposed; try again")}
-				continue
+			results := make([]*result, len(cs))
+			for j, c := range cs {
+				if c.Until != 0 && l.AppendedAt.UnixNano() > c.Until {
+					results[j] = &result{err: errUnavailable.because("the request waited too long to be proposed; try again")}
+				} else if results[j], err = b.run(c); err != nil {
+					return fmt.Errorf("raft entry %d: %w", l.Index, err)
+				}
 			}
-			res, err := b.run(c)
-			if err != nil {
-				return fmt.Errorf("raft entry %d: %w", l.Index, err)
-			}
-			out[i] = res
+			out[i] = results
 		}
 		return b.finish()
 	})

@@ -53,6 +53,8 @@ type raftNode struct {
 	freshSince  atomic.Pointer[time.Time] // see knownFresh; nil while nothing is known
 	leaderClock atomic.Pointer[clockReading]
 
+	proposals chan *proposal
+
 	ctx    context.Context // over when the node stops
 	stop   context.CancelFunc
 	tasks  errgroup.Group
@@ -71,7 +73,7 @@ type peer struct {
 func startNode(cfg *config, dir string, st *store, ln net.Listener, logger *slog.Logger) (*raftNode, error) {
 	n := &raftNode{
 		id: cfg.Cluster.NodeId, cfg: cfg, dir: dir, log: logger, store: st, members: map[string]peer{},
-		failed: make(chan error, 1), began: time.Now(),
+		failed: make(chan error, 1), began: time.Now(), proposals: make(chan *proposal, 4*sharedCommands),
 	}
 	n.ctx, n.stop = context.WithCancel(context.Background())
 	for _, m := range cfg.Cluster.Nodes {
@@ -188,6 +190,7 @@ func (n *raftNode) startRaft(newest uint64, servers []raft.Server, hlog hclog.Lo
 	n.logs.mark()
 	n.raft.Store(r)
 	n.tasks.Go(n.watchLeadership)
+	n.tasks.Go(n.runProposals)
 	n.tasks.Go(n.takeSnapshots)
 	n.tasks.Go(n.keepFresh)
 	n.tasks.Go(n.keepVoters)
@@ -284,48 +287,9 @@ func (n *raftNode) term() uint64 {
 	return 0
 }
 
-// propose commits a command and returns what applying it gave. It gives up at the
-// deadline. Any error says what became of the command: errUnknown that it may or may not be
-// applied, now or later; any other that it is not and will not be.
-func (n *raftNode) propose(cmd *command, deadline time.Time) (*result, error) {
-	cmd.At, cmd.Until = time.Now().UnixNano(), deadline.UnixNano()
-	data, err := cmd.encode()
-	if err != nil {
-		return nil, err
-	}
-	wait := time.Until(deadline)
-	if wait <= 0 {
-		return nil, errUnavailable.because("the request waited too long to be proposed; try again")
-	}
-	f := n.raft.Load().Apply(data, wait)
-	done := make(chan error, 1)
-	go func() { done <- f.Error() }() // a future has no clock of its own
-	timer := time.NewTimer(time.Until(deadline))
-	defer timer.Stop()
-	select {
-	case err = <-done:
-	case <-timer.C:
-		return nil, errUnknown.because("no majority confirmed the write in time; it may or may not be made: repeat it conditionally, or settle it by its correlation id in the audit trail")
-	}
-	switch {
-	case err == nil:
-		// What the FSM refuses comes here too; nil is an entry that it did not see.
-		if res, ok := f.Response().(*result); ok && res != nil {
-			return res, res.err
-		}
-		return nil, errUnknown.because("the write was committed, but this node cannot say what became of it: read the key")
-	case errors.Is(err, raft.ErrNotLeader):
-		return nil, errNoLeader.because("this node ceased to lead before it proposed the write; try again")
-	case errors.Is(err, raft.ErrLeadershipTransferInProgress), errors.Is(err, raft.ErrEnqueueTimeout):
-		return nil, errUnavailable.because("leadership is being handed over; try again")
-	}
-	return nil, &problem{kind: errUnknown, cause: err,
-		detail: "leadership was lost with the write in flight; it may or may not be made: repeat it conditionally, or settle it by its correlation id in the audit trail"}
-}
-
 // propose fills in who asks and proposes the command.
 func (s *server) propose(c *call, cmd *command) (*result, error) {
-	if grows(cmd) && s.node.disk.lowFor(s.node.store.size()) {
+	if grows(cmd) && s.node.disk.lowForLeader() {
 		return nil, errNoSpace.because("the leader's disk is nearly full: free some space or raise the volume; deletes still work")
 	}
 	cmd.Actor, cmd.Source, cmd.ID = c.who.principal, clientIP(c.r), c.id
@@ -411,14 +375,14 @@ func (n *raftNode) takeSnapshots() error {
 		case <-tick.C:
 		}
 		entries, size := n.logs.grown()
-		if entries < snapshotEntries || size < n.store.size()/4 && entries < snapshotMost {
+		if entries < snapshotEntries || size < int64(n.disk.state.Load())/4 && entries < snapshotMost {
 			continue
 		}
 		n.logs.mark()
 		// Entries may be large: of the log, too, no more stays than half the state's size asks.
 		keep := uint64(trailingLogs)
 		if mean := size / entries; mean > 0 {
-			keep = min(keep, max(uint64((64<<20+n.store.size()/2)/mean), 64))
+			keep = min(keep, max(uint64((64<<20+int64(n.disk.state.Load())/2)/mean), 64))
 		}
 		rc := r.ReloadableConfig()
 		rc.TrailingLogs = keep
@@ -429,17 +393,6 @@ func (n *raftNode) takeSnapshots() error {
 			n.log.Error("snapshot not taken", "error", err)
 		}
 	}
-}
-
-// size is that of the state file, in bytes.
-func (s *store) size() int64 {
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	info, err := os.Stat(s.db.Path())
-	if err != nil {
-		return 0
-	}
-	return info.Size()
 }
 
 // A raftLogger passes raft's log lines on to slog at their own level.
