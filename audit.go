@@ -373,7 +373,7 @@ func (s *server) audit(c *call, ns string) error {
 		return err
 	}
 
-	p := newPage(limit)
+	p := newPage(limit, false)
 	defer p.free()
 	err = s.store.view(func(tx *bbolt.Tx) error {
 		next, err := newestFirst(tx, ns, from)
@@ -385,11 +385,12 @@ func (s *server) audit(c *call, ns string) error {
 			if err != nil || at.rev <= since {
 				return err
 			}
-			if p.full() || scanned == maxScan {
+			match := filter.match(ev.json)
+			if match && p.full() || scanned == maxScan {
 				p.next = cursorOf('a', at.appendTo(nil))
 				return nil
 			}
-			if filter.match(ev.json) {
+			if match {
 				p.add(ev.json)
 			}
 		}

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"cmp"
 	"encoding/json"
 	"fmt"
@@ -396,7 +395,7 @@ func (s *server) listEntries(c *call) error {
 	if err := s.fresh(c); err != nil {
 		return err
 	}
-	p := newPage(limit)
+	p := newPage(limit, false)
 	defer p.free()
 	done := false
 	err = s.store.view(func(tx *bbolt.Tx) error {
@@ -404,12 +403,9 @@ func (s *server) listEntries(c *call) error {
 		if _, done, err = s.checkNamespace(c, tx, cond); done || err != nil {
 			return err
 		}
-		return p.walk(tx.Bucket(bucketConfig), entryKey(c.ns, ""), []byte(c.q.Get("prefix")), after, 'c', func(k, rec []byte) error {
+		return p.walk(tx.Bucket(bucketConfig), entryKey(c.ns, ""), []byte(c.q.Get("prefix")), after, 'c', func(k, rec []byte) ([]byte, error) {
 			e, err := parseEntry(k, rec)
-			if err == nil {
-				p.add(e.json)
-			}
-			return err
+			return e.json, err
 		})
 	})
 	if err != nil || done {
@@ -555,34 +551,4 @@ func (r *result) putStatus() int {
 		return http.StatusCreated
 	}
 	return http.StatusOK
-}
-
-// walk adds to the page what lies in b under space and prefix, behind the key after (nil:
-// from the first), until the page is full.
-func (p *page) walk(b *bbolt.Bucket, space, prefix, after []byte, kind byte, add func(k, v []byte) error) error {
-	prefix = append(bytes.Clone(space), prefix...)
-	from := prefix
-	if after != nil {
-		after = append(bytes.Clone(space), after...)
-		if bytes.Compare(after, from) > 0 {
-			from = after
-		}
-	}
-	cur := b.Cursor()
-	k, v := cur.Seek(from)
-	if after != nil && bytes.Equal(k, after) {
-		k, v = cur.Next()
-	}
-	var last []byte
-	for ; k != nil && bytes.HasPrefix(k, prefix); k, v = cur.Next() {
-		if p.full() {
-			p.next = cursorOf(kind, last)
-			return nil
-		}
-		if err := add(k, v); err != nil {
-			return err
-		}
-		last = k[len(space):]
-	}
-	return nil
 }

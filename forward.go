@@ -22,6 +22,29 @@ const markForwarded = "Confman-Forwarded"
 // given up.
 const markDeadline = "Confman-Deadline"
 
+// markSource goes with it, too: the address of the client. It is believed on a connection
+// between nodes only.
+const markSource = "Confman-Source"
+
+// betweenNodes marks the context of a request that came over the raft port.
+type betweenNodes struct{}
+
+// serveNodes lets the server answer what other nodes forward to this one.
+func (s *server) serveNodes() {
+	h := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		s.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), betweenNodes{}, true)))
+	})
+	s.node.api.Store(&h)
+}
+
+// source is the address of the client.
+func (c *call) source() string {
+	if v := c.r.Header[markSource]; len(v) == 1 && net.ParseIP(v[0]) != nil && c.r.Context().Value(betweenNodes{}) != nil {
+		return v[0]
+	}
+	return clientIP(c.r)
+}
+
 // deadline is when a write is given up.
 func (c *call) deadline() time.Time {
 	d := c.start.Add(c.s.cfg.requestTimeout())
@@ -71,23 +94,15 @@ func (s *server) gate(c *call) (done bool, err error) {
 	if stage == handedOver {
 		c.w.Header()["Connection"] = []string{"close"}
 	} else if s.cfg.Cluster.Forward {
-		return true, s.forward(c, id, api)
+		return true, s.forward(c, id)
 	}
 	c.w.Header()["Location"] = []string{api + c.r.URL.RequestURI()}
 	return false, errNotLeader.because("this node follows; send the write to %s (curl -L does)", api)
 }
 
-// forwarder carries forwarded writes. It follows no redirect and asks no proxy.
-var forwarder = &http.Transport{
-	DialContext:         (&net.Dialer{Timeout: 2 * time.Second}).DialContext,
-	MaxIdleConnsPerHost: 256,
-	IdleConnTimeout:     time.Minute,
-	DisableCompression:  true,
-}
-
-// forward passes a write on to the leader with the caller's own key and headers, and
-// answers what it says once this node has applied the write.
-func (s *server) forward(c *call, leader, api string) error {
+// forward passes a write on to the leader's API with the caller's own key and headers, over the
+// raft port, and answers what it says once this node has applied the write.
+func (s *server) forward(c *call, leader string) error {
 	body, err := c.body()
 	if err != nil {
 		return err
@@ -99,7 +114,7 @@ func (s *server) forward(c *call, leader, api string) error {
 	if err != nil {
 		return err
 	}
-	req, err := http.NewRequestWithContext(ctx, c.r.Method, api+c.r.URL.RequestURI(), bytes.NewReader(body))
+	req, err := http.NewRequestWithContext(ctx, c.r.Method, "http://"+leader+c.r.URL.RequestURI(), bytes.NewReader(body))
 	if err != nil {
 		return err
 	}
@@ -120,8 +135,9 @@ func (s *server) forward(c *call, leader, api string) error {
 	}
 	req.Header["X-Correlation-Id"] = []string{c.id}
 	req.Header[markForwarded] = []string{s.node.id}
+	req.Header[markSource] = []string{clientIP(c.r)}
 	req.Header[markDeadline] = []string{strconv.FormatInt(until, 10)}
-	resp, err := forwarder.RoundTrip(req)
+	resp, err := s.node.forwards.RoundTrip(req)
 	if err != nil {
 		var op *net.OpError
 		if errors.As(err, &op) && op.Op == "dial" {

@@ -440,7 +440,7 @@ func (b *batch) drop(c *command) (*result, error) {
 		return &result{err: errNotFound.because("there is no namespace %s", c.NS)}, nil
 	}
 	if n.keys > 0 {
-		return &result{err: errConflict.because("namespace %s still holds %d keys; delete them first", c.NS, n.keys)}, nil
+		return &result{err: errConflict.because("namespace %s still holds keys, %d in number; delete them first", c.NS, n.keys)}, nil
 	}
 	now := b.next(c)
 	b.touch(c.NS, n)

@@ -25,6 +25,8 @@ import (
 	"time"
 	"unicode"
 	"unicode/utf8"
+
+	"go.etcd.io/bbolt"
 )
 
 // A server answers the API of one node.
@@ -121,11 +123,11 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 // checkPath refuses what no path of ours can be. An empty last segment is left to the mux.
 func checkPath(r *http.Request) error {
-	if r.URL.RawPath == "" && plainPath(r.URL.Path) && r.Method != http.MethodConnect {
+	if r.URL.RawPath == "" && plainPath(r.URL.Path) {
 		return nil
 	}
 	escaped := r.URL.EscapedPath()
-	if r.Method == http.MethodConnect || !strings.HasPrefix(escaped, "/") || !strings.HasPrefix(r.URL.Path, "/") {
+	if !strings.HasPrefix(escaped, "/") || !strings.HasPrefix(r.URL.Path, "/") {
 		return errBadRequest.because("the request target is not a path")
 	}
 	if !utf8.ValidString(r.URL.Path) {
@@ -364,7 +366,7 @@ func (c *call) cursor(kind byte) ([]byte, error) {
 		return nil, nil
 	}
 	b, err := base64.RawURLEncoding.Strict().DecodeString(v)
-	if err != nil || b[0] != kind {
+	if err != nil || len(b) == 0 || b[0] != kind || strings.ContainsAny(v, "\r\n") { // base64 skips line ends
 		return nil, errBadRequest.because("cursor is not one that this list returned; begin without it")
 	}
 	return b[1:], nil
@@ -541,13 +543,13 @@ func (c *call) finish(err error) {
 	}
 	doc := problemDocument{
 		Type: "https://confman/errors/" + p.kind.slug, Title: p.kind.title, Status: p.kind.status, Detail: p.detail,
-		Instance: c.r.URL.Path, CorrelationID: c.id,
+		Instance: c.r.URL.EscapedPath(), CorrelationID: c.id,
 	}
 	if p.kind == errPrecondition {
 		cur, _ := json.Marshal(p.current) // numbers and strings: cannot fail
 		doc.Current = cur
 	}
-	if c.writes() && c.route != nil {
+	if c.writes() {
 		doc.Outcome = cmp.Or(p.kind.outcome, "not-applied")
 	}
 	var b bytes.Buffer
@@ -592,7 +594,7 @@ func (c *call) observe(status int, err error) {
 	attrs := make([]slog.Attr, 0, 10)
 	attrs = append(attrs, slog.String("method", clip(c.r.Method, 20)), slog.String("route", name), slog.Int("status", status),
 		slog.Duration("duration", took), slog.String("correlationId", c.id), slog.String("principal", c.who.principal),
-		slog.Uint64("revision", c.rev), slog.String("source", clientIP(c.r)))
+		slog.Uint64("revision", c.rev), slog.String("source", c.source()))
 	if err != nil {
 		attrs = append(attrs, slog.String("error", err.Error()))
 	}
@@ -700,6 +702,7 @@ type problemDocument struct {
 // when that is over.
 type page struct {
 	limit, n int
+	plain    bool // a line each, not JSON
 	pooled   *[]byte
 	buf      []byte
 	next     string // cursor of the next page, empty at the end
@@ -708,9 +711,14 @@ type page struct {
 // maxPage is the size at which a page ends early, in bytes.
 const maxPage = 8 << 20
 
-func newPage(limit int) *page {
-	b := getBuffer()
-	return &page{limit: limit, pooled: b, buf: append((*b)[:0], `{"items":[`...)}
+// newPage begins a page; a plain one holds lines of text.
+func newPage(limit int, plain bool) *page {
+	p := &page{limit: limit, plain: plain, pooled: getBuffer()}
+	p.buf = (*p.pooled)[:0]
+	if !plain {
+		p.buf = append(p.buf, `{"items":[`...)
+	}
+	return p
 }
 
 // free gives the buffer back. Nothing of the page may be used any more.
@@ -721,22 +729,16 @@ func (p *page) free() {
 
 func (p *page) full() bool { return p.n == p.limit || len(p.buf) >= maxPage }
 
-// add appends one item, which is JSON.
+// add appends one item: JSON, or a line.
 func (p *page) add(item []byte) {
-	if p.n > 0 {
+	if p.n > 0 && !p.plain {
 		p.buf = append(p.buf, ',')
 	}
 	p.n++
 	p.buf = append(p.buf, item...)
-}
-
-// addLine makes the page lines of text instead.
-func (p *page) addLine(line string) {
-	if p.n == 0 {
-		p.buf = p.buf[:0]
+	if p.plain {
+		p.buf = append(p.buf, '\n')
 	}
-	p.n++
-	p.buf = append(append(p.buf, line...), '\n')
 }
 
 // send answers with the page as JSON.
@@ -753,4 +755,39 @@ func (p *page) send(c *call) error {
 	}
 	p.buf = append(p.buf, "}}"...)
 	return c.sendJSON(http.StatusOK, p.buf)
+}
+
+// walk adds to the page what lies in b under space and prefix, behind the key after (nil:
+// from the first), until the page is full. item makes an item of a record; nil is none.
+func (p *page) walk(b *bbolt.Bucket, space, prefix, after []byte, kind byte, item func(k, v []byte) ([]byte, error)) error {
+	prefix = append(bytes.Clone(space), prefix...)
+	from := prefix
+	if after != nil {
+		after = append(bytes.Clone(space), after...)
+		if bytes.Compare(after, from) > 0 {
+			from = after
+		}
+	}
+	cur := b.Cursor()
+	k, v := cur.Seek(from)
+	if after != nil && bytes.Equal(k, after) {
+		k, v = cur.Next()
+	}
+	var last []byte
+	for ; k != nil && bytes.HasPrefix(k, prefix); k, v = cur.Next() {
+		it, err := item(k, v)
+		if err != nil {
+			return err
+		}
+		if it == nil {
+			continue
+		}
+		if p.full() {
+			p.next = cursorOf(kind, last)
+			return nil
+		}
+		p.add(it)
+		last = k[len(space):]
+	}
+	return nil
 }

@@ -106,9 +106,10 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 		Handler:           s,
 		ReadHeaderTimeout: 5 * time.Second,
 		IdleTimeout:       2 * time.Minute,
-		MaxHeaderBytes:    64 << 10,
+		MaxHeaderBytes:    maxHeader,
 		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
 	}
+	s.serveNodes()
 	served := make(chan error, 1)
 	go func() { served <- srv.Serve(api) }()
 	fmt.Fprintf(stdout, "listening http=%s raft=%s\n", api.Addr(), peers.Addr())
@@ -132,6 +133,9 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 	}
 	return err
 }
+
+// maxHeader is how many bytes the head of a request may have.
+const maxHeader = 64 << 10
 
 // goodbye ends a node in the order that costs its clients least: no new write begins,
 // those that are open end, another node leads and is named to whoever still writes here,

@@ -155,15 +155,15 @@ func (s *server) listNamespaces(c *call) error {
 	if err := s.fresh(c); err != nil {
 		return err
 	}
-	p := newPage(limit)
+	p := newPage(limit, false)
 	defer p.free()
 	err = s.store.view(func(tx *bbolt.Tx) error {
-		return p.walk(tx.Bucket(bucketNamespaces), nil, []byte(c.q.Get("prefix")), after, 'n', func(k, rec []byte) error {
+		return p.walk(tx.Bucket(bucketNamespaces), nil, []byte(c.q.Get("prefix")), after, 'n', func(k, rec []byte) ([]byte, error) {
 			n, err := parseNamespace(k, rec)
-			if err == nil && !n.deleted {
-				p.add(n.appendTo(nil, string(k)))
+			if err != nil || n.deleted {
+				return nil, err
 			}
-			return err
+			return n.appendTo(nil, string(k)), nil
 		})
 	})
 	if err != nil {
@@ -261,7 +261,7 @@ func (s *server) listKeys(c *call) error {
 		return err
 	}
 	plain := c.accepts("text/plain", "application/json")
-	p := newPage(limit)
+	p := newPage(limit, plain)
 	defer p.free()
 	done := false
 	err = s.store.view(func(tx *bbolt.Tx) error {
@@ -270,13 +270,11 @@ func (s *server) listKeys(c *call) error {
 			return err
 		}
 		space := entryKey(c.ns, "")
-		return p.walk(tx.Bucket(bucketConfig), space, []byte(c.q.Get("prefix")), after, 'k', func(k, _ []byte) error {
-			if key := string(k[len(space):]); plain {
-				p.addLine(key)
-			} else {
-				p.add(appendString(nil, key))
+		return p.walk(tx.Bucket(bucketConfig), space, []byte(c.q.Get("prefix")), after, 'k', func(k, rec []byte) ([]byte, error) {
+			if _, err := parseEntry(k, rec); err != nil || plain {
+				return k[len(space):], err
 			}
-			return nil
+			return appendString(nil, string(k[len(space):])), nil
 		})
 	})
 	if err != nil || done {

@@ -177,6 +177,8 @@ func (a nodeAddr) String() string { return string(a) }
 //	/applied                 index                the last raft entry that raft has applied
 //	/hash?revision=          hash hash hash hash  of the newest event up to that revision
 //
+// Under /api/ it is the API, for the writes that they forward.
+//
 // time is the leader's clock in nanoseconds since 1970, read before it answered.
 func (n *raftNode) answers() http.Handler {
 	mux := http.NewServeMux()
@@ -237,12 +239,19 @@ func (n *raftNode) answers() http.Handler {
 		}
 		return hashNumbers(h), err
 	})
+	mux.HandleFunc("/api/", func(w http.ResponseWriter, r *http.Request) {
+		if h := n.api.Load(); h != nil {
+			h.ServeHTTP(w, r)
+		} else {
+			http.Error(w, "starting", http.StatusServiceUnavailable)
+		}
+	})
 	return mux
 }
 
 // serveAsks answers the other nodes until the node stops.
 func (n *raftNode) serveAsks() error {
-	srv := &http.Server{Handler: n.answers(), ReadHeaderTimeout: firstByteTime, MaxHeaderBytes: 4 << 10,
+	srv := &http.Server{Handler: n.answers(), ReadHeaderTimeout: firstByteTime, MaxHeaderBytes: maxHeader, IdleTimeout: 2 * time.Minute,
 		ErrorLog: slog.NewLogLogger(n.log.Handler(), slog.LevelWarn)}
 	context.AfterFunc(n.ctx, func() { srv.Close() })
 	if err := srv.Serve(askStream{n.port}); !errors.Is(err, http.ErrServerClosed) {
@@ -256,8 +265,9 @@ func stamped(rev uint64, err error) ([]uint64, error) {
 	return []uint64{rev, uint64(time.Now().UnixNano())}, err
 }
 
-// newAsker makes the client for questions to other nodes. The host of a URL is a node id.
-func newAsker(p *port) *http.Transport {
+// newAsker makes a client for questions to other nodes, which keeps up to idle connections to
+// each. The host of a URL is a node id. It follows no redirect and asks no proxy.
+func newAsker(p *port, idle int) *http.Transport {
 	return &http.Transport{
 		DialContext: func(ctx context.Context, _, addr string) (net.Conn, error) {
 			host, _, err := net.SplitHostPort(addr)
@@ -266,7 +276,7 @@ func newAsker(p *port) *http.Transport {
 			}
 			return p.dial(ctx, host)
 		},
-		MaxIdleConnsPerHost: 8,
+		MaxIdleConnsPerHost: idle,
 		IdleConnTimeout:     time.Minute,
 		DisableCompression:  true,
 	}

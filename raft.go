@@ -8,7 +8,6 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
-	"os"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -22,20 +21,21 @@ import (
 
 // A raftNode is this process's part in the cluster: raft, its log and its connections.
 type raftNode struct {
-	id      string
-	cfg     *config
-	log     *slog.Logger
-	store   *store
-	dir     string
-	began   time.Time
-	raft    atomic.Pointer[raft.Raft] // nil until the node may take part
-	trans   *raft.NetworkTransport
-	logs    *raftLog
-	snaps   *raft.FileSnapshotStore
-	disk    *disk
-	members map[string]peer // by node id
-	port    *port           // raft's connections and the nodes' questions to each other
-	asker   *http.Transport
+	id              string
+	cfg             *config
+	log             *slog.Logger
+	store           *store
+	dir             string
+	began           time.Time
+	raft            atomic.Pointer[raft.Raft] // nil until the node may take part
+	trans           *raft.NetworkTransport
+	logs            *raftLog
+	snaps           *raft.FileSnapshotStore
+	disk            *disk
+	members         map[string]peer                  // by node id
+	port            *port                            // raft's connections and the nodes' questions to each other
+	asker, forwards *http.Transport                  // for questions, and for writes passed on
+	api             atomic.Pointer[http.HandlerFunc] // nil until the server is there
 
 	identity uint64 // of the data directory, see join.go
 	formed   atomic.Pointer[map[string]uint64]
@@ -112,7 +112,7 @@ func startNode(cfg *config, dir string, st *store, ln net.Listener, logger *slog
 	}
 
 	n.port = newPort(n.id, ln, n.members)
-	n.asker = newAsker(n.port)
+	n.asker, n.forwards = newAsker(n.port, 8), newAsker(n.port, 256)
 	start := func(servers []raft.Server) error { return n.startRaft(newest, servers, hlog) }
 	n.tasks.Go(n.serveAsks)
 	n.tasks.Go(n.disk.watch)
@@ -292,7 +292,7 @@ func (s *server) propose(c *call, cmd *command) (*result, error) {
 	if grows(cmd) && s.node.disk.lowForLeader() {
 		return nil, errNoSpace.because("the leader's disk is nearly full: free some space or raise the volume; deletes still work")
 	}
-	cmd.Actor, cmd.Source, cmd.ID = c.who.principal, clientIP(c.r), c.id
+	cmd.Actor, cmd.Source, cmd.ID = c.who.principal, c.source(), c.id
 	res, err := s.node.propose(cmd, c.deadline())
 	if res != nil {
 		c.sawRevision(max(res.rev, s.store.at().rev))
