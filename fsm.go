@@ -69,12 +69,6 @@ func sealCommands(data []byte) []byte {
 	return data
 }
 
-// encode makes an entry of one command.
-func (c *command) encode() ([]byte, error) {
-	data, err := c.appendTo(make([]byte, 4))
-	return sealCommands(data), err
-}
-
 // decodeCommands reads the commands of an entry.
 func decodeCommands(data []byte) ([]*command, error) {
 	if err := checkCommand(data); err != nil {
