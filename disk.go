@@ -35,6 +35,9 @@ func lockDir(dir string) (*os.File, error) {
 	return f, nil
 }
 
+// rejoinEmpty is the next step for a node whose own files cannot be trusted any more.
+const rejoinEmpty = "move the data directory away and start again, and the node rejoins empty"
+
 // A disk is what a node knows of the file system under its data directory.
 type disk struct {
 	dir   string
@@ -254,7 +257,7 @@ func (l *raftLog) GetLog(index uint64, e *raft.Log) error {
 		err = fmt.Errorf("entry %d: %w", index, errCorrupt)
 	}
 	if err != nil && !errors.Is(err, raft.ErrLogNotFound) {
-		l.disk.halt(fmt.Errorf("read %s: %w; move the data directory away and start again, and the node rejoins empty", l.path, err))
+		l.disk.halt(fmt.Errorf("read %s: %w; %s", l.path, err, rejoinEmpty))
 	}
 	return err
 }
@@ -281,7 +284,7 @@ func (l *raftLog) Get(k []byte) ([]byte, error) {
 	}
 	n := len(v) - 4
 	if n < 0 || binary.BigEndian.Uint32(v[n:]) != crc32.Update(crc32.Checksum(k, castagnoli), castagnoli, v[:n]) {
-		return nil, fmt.Errorf("read %s: %s: %w; move the data directory away and start again, and the node rejoins empty", l.path, k, errCorrupt)
+		return nil, fmt.Errorf("read %s: %s: %w; %s", l.path, k, errCorrupt, rejoinEmpty)
 	}
 	return v[:n], nil
 }

@@ -124,7 +124,7 @@ func (f *fsm) ApplyBatch(logs []*raft.Log) []any {
 	defer f.disk.during("write to " + f.store.path())()
 	out, err := f.store.apply(logs)
 	if errors.Is(err, errCorrupt) {
-		err = fmt.Errorf("%w; move the data directory away and start again, and the node rejoins empty", err)
+		err = fmt.Errorf("%w; %s", err, rejoinEmpty)
 	}
 	if err != nil {
 		f.halt(fmt.Errorf("apply raft entries %d to %d to %s: %w", logs[0].Index, logs[len(logs)-1].Index, f.store.path(), err))
@@ -483,7 +483,7 @@ func (f *fsm) Snapshot() (raft.FSMSnapshot, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &snapshot{tx: tx, log: f.log}, nil
+	return &snapshot{tx: tx, log: f.log, halt: f.halt}, nil
 }
 
 // Restore implements raft.FSM.
@@ -500,13 +500,18 @@ func (f *fsm) Restore(r io.ReadCloser) error {
 // A snapshot is the state file as it was when the transaction began, page for page. It
 // needs no format of its own, costs no decoding, and restoring one is a copy.
 type snapshot struct {
-	tx  *bbolt.Tx
-	log *slog.Logger
+	tx   *bbolt.Tx
+	log  *slog.Logger
+	halt func(error)
 }
 
 // Persist implements raft.FSMSnapshot.
 func (s *snapshot) Persist(sink raft.SnapshotSink) error {
 	start := time.Now()
+	if err := checkRecords(s.tx); err != nil {
+		sink.Cancel()
+		s.halt(fmt.Errorf("snapshot: %w; %s", err, rejoinEmpty))
+	}
 	n, err := s.tx.WriteTo(sink)
 	if err != nil {
 		sink.Cancel()

@@ -533,7 +533,7 @@ func (c *call) finish(err error) {
 	}
 	p := problemOf(err)
 	if errors.Is(err, errCorrupt) {
-		go c.s.node.halt(fmt.Errorf("%w; move the data directory away and start again, and the node rejoins empty", err))
+		go c.s.node.halt(fmt.Errorf("%w; %s", err, rejoinEmpty))
 	}
 	c.observe(cmp.Or(c.w.status, p.kind.status), err) // the log gets all of err, the client gets p
 	if c.w.status != 0 {

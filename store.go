@@ -135,12 +135,13 @@ func openStore(dir string) (s *store, how string, err error) {
 		return nil, "", err
 	}
 	s = &store{dir: dir}
-	if s.db, err = openDB(path); err != nil {
-		return nil, "", err
+	if s.db, err = openDB(path); err == nil {
+		if err = s.load(); err != nil {
+			s.db.Close()
+		}
 	}
-	if err := s.load(); err != nil {
-		s.db.Close()
-		return nil, "", err
+	if err != nil {
+		return nil, "", fmt.Errorf("%w; if the file is damaged, remove state.db and start again: it is rebuilt from raft's snapshot and log", err)
 	}
 	return s, how, nil
 }
@@ -369,6 +370,26 @@ func (s *store) replace(r io.Reader) error {
 	go old.Close()
 	s.changed.ring()
 	s.watches.ringAll()
+	return nil
+}
+
+// checkRecords checks the checksum of every record that the transaction sees. A snapshot is a
+// copy of pages: one that is damaged must not be handed on.
+func checkRecords(tx *bbolt.Tx) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("state.db: %v: %w", p, errCorrupt)
+		}
+	}()
+	for _, name := range [][]byte{bucketConfig, bucketNamespaces, bucketTrail} {
+		err := tx.Bucket(name).ForEach(func(k, rec []byte) error {
+			_, err := unseal(name, k, rec)
+			return err
+		})
+		if err != nil {
+			return err
+		}
+	}
 	return nil
 }
 
