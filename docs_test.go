@@ -1,0 +1,230 @@
+package main
+
+// README.md is the manual, and these tests keep it true: what the program has is in the
+// manual, and what the manual has is in the program.
+
+import (
+	"fmt"
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"os"
+	"path/filepath"
+	"reflect"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+// chapter returns the part of README.md under a heading of the second level.
+func chapter(t *testing.T, title string) string {
+	t.Helper()
+	b, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, after, ok := strings.Cut("\n"+string(b), "\n## "+title+"\n")
+	if !ok {
+		t.Fatalf("README.md has no chapter %s", title)
+	}
+	text, _, _ := strings.Cut(after, "\n## ")
+	return text
+}
+
+// rows returns the cells of the table rows in text whose first cell matches.
+func rows(text, first string) (found [][]string) {
+	want := regexp.MustCompile("^(?:" + first + ")$")
+	for line := range strings.Lines(text) {
+		line, ok := strings.CutPrefix(strings.TrimSpace(line), "|")
+		if !ok {
+			continue
+		}
+		cells := strings.Split(strings.TrimSuffix(strings.ReplaceAll(line, `\|`, "\x00"), "|"), "|")
+		for i, c := range cells {
+			cells[i] = strings.ReplaceAll(strings.TrimSpace(c), "\x00", "|")
+		}
+		if want.MatchString(cells[0]) {
+			found = append(found, cells)
+		}
+	}
+	return found
+}
+
+// TestManualRoutes: every route is a heading of the manual's chapter API and the reverse,
+// and its section names every query parameter that it takes.
+func TestManualRoutes(t *testing.T) {
+	t.Parallel()
+	text := chapter(t, "API")
+	sections := map[string]string{}
+	headings := regexp.MustCompile(`(?m)^### ([A-Z]+ /\S*)$`).FindAllStringSubmatchIndex(text, -1)
+	for i, at := range headings {
+		end := len(text)
+		if i+1 < len(headings) {
+			end = headings[i+1][0]
+		}
+		sections[text[at[2]:at[3]]] = text[at[1]:end]
+	}
+	for _, rt := range (&server{}).routes() {
+		name := rt.method + " " + strings.Replace(rt.pattern, "{key...}", "{key}", 1)
+		section, ok := sections[name]
+		if !ok {
+			t.Errorf("the chapter API has no heading ### %s", name)
+			continue
+		}
+		delete(sections, name)
+		for _, p := range strings.Fields(rt.params) {
+			if strings.Contains(reads, p) {
+				continue // described once, for all reads
+			}
+			if !strings.Contains(section, "`"+p+"`") && !strings.Contains(section, "`?"+p) {
+				t.Errorf("%s: its section does not name the parameter %s", name, p)
+			}
+		}
+		for need, word := range map[role]string{public: "Who: anyone.", reader: "Who: readers and admins.", admin: "Who: admins."} {
+			if strings.Contains(section, word) != (need == rt.role) {
+				t.Errorf("%s: its section says %q: %t", name, word, need != rt.role)
+			}
+		}
+	}
+	for name := range sections {
+		t.Errorf("the program has no route %s", name)
+	}
+	for _, p := range strings.Fields(reads) {
+		if !strings.Contains(text, "`?"+p+"`") {
+			t.Errorf("the chapter API does not name ?%s, which every read takes", p)
+		}
+	}
+}
+
+// TestManualFlags: every flag is in the manual with its default and the reverse.
+func TestManualFlags(t *testing.T) {
+	t.Parallel()
+	_, _, help := runNode(t, t.TempDir(), "-help")
+	want := map[string]string{}
+	for _, m := range regexp.MustCompile(`(?m)^  -(\w+).*\n(.*)$`).FindAllStringSubmatch(help, -1) {
+		want[m[1]] = "none"
+		if d := regexp.MustCompile(`\(default "?([^")]*)"?\)$`).FindStringSubmatch(m[2]); d != nil {
+			want[m[1]] = d[1]
+		}
+	}
+	if len(want) == 0 {
+		t.Fatalf("-help lists no flags: %s", help)
+	}
+	got := map[string]string{}
+	for _, r := range rows(chapter(t, "SYNOPSIS"), "`-.*") {
+		got[strings.Fields(strings.Trim(r[0], "`-"))[0]] = strings.Trim(r[1], "`")
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("flags and defaults (-program +manual):\n%s", diff)
+	}
+}
+
+// TestManualProblems: every kind of problem is in the manual's table of errors with
+// status and outcome and the reverse. A kind is found where the program's text makes one.
+func TestManualProblems(t *testing.T) {
+	t.Parallel()
+	files, err := filepath.Glob("*.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := map[string]string{}
+	for _, name := range files {
+		if strings.HasSuffix(name, "_test.go") {
+			continue
+		}
+		file, err := parser.ParseFile(token.NewFileSet(), name, nil, parser.SkipObjectResolution)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ast.Inspect(file, func(n ast.Node) bool {
+			lit, ok := n.(*ast.CompositeLit)
+			if !ok {
+				return true
+			}
+			if id, ok := lit.Type.(*ast.Ident); !ok || id.Name != "kind" {
+				return true
+			}
+			members := map[string]string{"outcome": "not-applied"}
+			for _, e := range lit.Elts {
+				kv := e.(*ast.KeyValueExpr)
+				v := kv.Value.(*ast.BasicLit).Value
+				if s, err := strconv.Unquote(v); err == nil {
+					v = s
+				}
+				members[kv.Key.(*ast.Ident).Name] = v
+			}
+			if members["status"] == "499" {
+				return true // for the log: the client is gone and reads nothing
+			}
+			if want[members["slug"]] != "" {
+				t.Errorf("two kinds are called %s", members["slug"])
+			}
+			want[members["slug"]] = members["status"] + " " + members["outcome"]
+			return true
+		})
+	}
+	got := map[string]string{}
+	for _, r := range rows(chapter(t, "API"), `\d{3}`) {
+		slug, outcome := strings.Trim(r[1], "`"), strings.Trim(r[2], "`")
+		if outcome == "-" && strings.HasSuffix(want[slug], " not-applied") {
+			outcome = "not-applied" // a kind that only reads meet
+		}
+		got[slug] = r[0] + " " + outcome
+		if len(r) < 4 || r[3] == "" {
+			t.Errorf("%s: the table does not say what to do", slug)
+		}
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("kinds of problems (-program +manual):\n%s", diff)
+	}
+}
+
+// TestManualConfiguration: every member of the configuration file is in the manual with
+// its default and the reverse.
+func TestManualConfiguration(t *testing.T) {
+	t.Parallel()
+	want := map[string]string{}
+	var walk func(path string, v reflect.Value)
+	walk = func(path string, v reflect.Value) {
+		switch v.Kind() {
+		case reflect.Struct:
+			for i := range v.NumField() {
+				if f := v.Type().Field(i); f.IsExported() {
+					walk(strings.TrimPrefix(path+"."+f.Name, "."), v.Field(i))
+				}
+			}
+		case reflect.Slice:
+			want[path] = ""
+			walk(path+"[]", reflect.Zero(v.Type().Elem()))
+		default:
+			want[path] = ""
+			if !v.IsZero() || v.Kind() == reflect.Bool {
+				want[path] = fmt.Sprint(v)
+			}
+		}
+	}
+	walk("", reflect.ValueOf(*defaults()))
+	var names []string
+	for _, r := range rows(chapter(t, "CONFIGURATION"), "`[A-Z].*`") {
+		name := strings.Trim(r[0], "`")
+		names = append(names, name)
+		d, ok := want[name]
+		switch {
+		case !ok:
+			t.Errorf("the program has no member %s", name)
+		case d != "" && strings.Trim(r[1], "`") != d:
+			t.Errorf("%s: the default is %s, the manual says %s", name, d, r[1])
+		case len(r) < 3 || r[1] == "" || r[2] == "":
+			t.Errorf("%s: a cell is empty", name)
+		}
+	}
+	for name := range want {
+		if !slices.Contains(names, name) {
+			t.Errorf("the chapter CONFIGURATION has no row for %s", name)
+		}
+	}
+}
