@@ -9,11 +9,14 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
 
+	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/raft"
 	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
 	"go.etcd.io/bbolt"
@@ -37,6 +40,9 @@ func lockDir(dir string) (*os.File, error) {
 
 // rejoinEmpty is the next step for a node whose own files cannot be trusted any more.
 const rejoinEmpty = "move the data directory away and start again, and the node rejoins empty"
+
+// checkDisk is the next step after an error of the disk.
+const checkDisk = "check the disk and the space on it, then start the node again"
 
 // A disk is what a node knows of the file system under its data directory.
 type disk struct {
@@ -107,7 +113,7 @@ func (d *disk) watch() error {
 			for _, s := range d.busy {
 				if s.ticks++; s.ticks >= stallTicks {
 					d.mu.Unlock()
-					d.halt(fmt.Errorf("%s has hung for %v; check the disk, then start the node again", s.what, stallTicks*diskTick))
+					d.halt(fmt.Errorf("%s has hung for %v; %s", s.what, stallTicks*diskTick, checkDisk))
 				}
 			}
 			d.mu.Unlock()
@@ -192,17 +198,21 @@ type raftLog struct {
 }
 
 func openRaftLog(path string, d *disk) (*raftLog, error) {
-	bolt, err := raftboltdb.New(raftboltdb.Options{Path: path, BoltOptions: &bbolt.Options{
-		Timeout:      time.Second,
-		FreelistType: bbolt.FreelistMapType,
-		// The log is short, so the scan that an open then needs is too, and each append is
-		// spared the list of the pages that truncation freed.
-		NoFreelistSync:  true,
-		NoStatistics:    true,
-		InitialMmapSize: 4 << 30, // address space; see openDB
-	}})
+	var bolt *raftboltdb.BoltStore
+	err := caught(func() (err error) {
+		bolt, err = raftboltdb.New(raftboltdb.Options{Path: path, BoltOptions: &bbolt.Options{
+			Timeout:      time.Second,
+			FreelistType: bbolt.FreelistMapType,
+			// The log is short, so the scan that an open then needs is too, and each append is
+			// spared the list of the pages that truncation freed.
+			NoFreelistSync:  true,
+			NoStatistics:    true,
+			InitialMmapSize: 4 << 30, // address space; see openDB
+		}})
+		return err
+	})
 	if err != nil {
-		return nil, fmt.Errorf("open %s: %w", path, err)
+		return nil, fmt.Errorf("open %s: %w; if the file is damaged, %s", path, err, rejoinEmpty)
 	}
 	if err := syncDir(filepath.Dir(path)); err != nil {
 		return nil, err
@@ -210,10 +220,20 @@ func openRaftLog(path string, d *disk) (*raftLog, error) {
 	return &raftLog{BoltStore: bolt, path: path, disk: d}, nil
 }
 
+// caught runs f and returns its panic as an error: libraries panic on files that are damaged.
+func caught(f func() error) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("%v", p)
+		}
+	}()
+	return f()
+}
+
 // check ends the node where a write failed.
 func (l *raftLog) check(op string, err error) error {
 	if err != nil {
-		l.disk.halt(fmt.Errorf("%s %s: %w; check the disk, then start the node again", op, l.path, err))
+		l.disk.halt(fmt.Errorf("%s %s: %w; %s", op, l.path, err, checkDisk))
 	}
 	return err
 }
@@ -311,3 +331,80 @@ func (l *raftLog) mark() { l.entries.Store(0); l.bytes.Store(0) }
 
 // grown is what was appended since mark.
 func (l *raftLog) grown() (entries, bytes int64) { return l.entries.Load(), l.bytes.Load() }
+
+// A snapshotStore is raft's snapshot store with a checksum of each snapshot's meta.json, CRC-32C in
+// hex, in the file meta.sum beside it: raft's own covers the state alone, and a wrong index
+// would let it skip or repeat commands. A snapshot without meta.sum was not finished.
+type snapshotStore struct {
+	*raft.FileSnapshotStore
+	dir string
+}
+
+func openSnapshots(dir string, log hclog.Logger) (*snapshotStore, error) {
+	s, err := raft.NewFileSnapshotStoreWithLogger(dir, 2, log)
+	if err != nil {
+		return nil, fmt.Errorf("open %s/snapshots: %w", dir, err)
+	}
+	return &snapshotStore{s, filepath.Join(dir, "snapshots")}, nil
+}
+
+func (s *snapshotStore) sum(id string) ([]byte, error) {
+	b, err := os.ReadFile(filepath.Join(s.dir, id, "meta.json"))
+	return fmt.Appendf(nil, "%08x\n", crc32.Checksum(b, castagnoli)), err
+}
+
+// List implements raft.SnapshotStore.
+func (s *snapshotStore) List() ([]*raft.SnapshotMeta, error) {
+	metas, err := s.FileSnapshotStore.List()
+	if err != nil {
+		return nil, err
+	}
+	// raft passes over what it cannot read; here that is damage.
+	dirs, err := os.ReadDir(s.dir)
+	if err != nil {
+		return nil, err
+	}
+	finished := map[string]bool{}
+	for _, d := range dirs {
+		want, err := os.ReadFile(filepath.Join(s.dir, d.Name(), "meta.sum"))
+		if os.IsNotExist(err) || strings.HasSuffix(d.Name(), ".tmp") {
+			continue
+		}
+		got, rerr := s.sum(d.Name())
+		if err = errors.Join(err, rerr); err == nil && string(got) != string(want) {
+			err = errCorrupt
+		}
+		if err != nil {
+			return nil, fmt.Errorf("snapshot %s: meta.json: %w; %s", filepath.Join(s.dir, d.Name()), err, rejoinEmpty)
+		}
+		finished[d.Name()] = true
+	}
+	return slices.DeleteFunc(metas, func(m *raft.SnapshotMeta) bool { return !finished[m.ID] }), nil
+}
+
+// Create implements raft.SnapshotStore.
+func (s *snapshotStore) Create(v raft.SnapshotVersion, index, term uint64, c raft.Configuration, cIndex uint64, t raft.Transport) (raft.SnapshotSink, error) {
+	sink, err := s.FileSnapshotStore.Create(v, index, term, c, cIndex, t)
+	if err != nil {
+		return nil, err
+	}
+	return &snapshotSink{sink, s}, nil
+}
+
+// A snapshotSink adds meta.sum when the snapshot is finished.
+type snapshotSink struct {
+	raft.SnapshotSink
+	of *snapshotStore
+}
+
+// Close implements io.Closer.
+func (s *snapshotSink) Close() error {
+	if err := s.SnapshotSink.Close(); err != nil {
+		return err
+	}
+	sum, err := s.of.sum(s.ID())
+	if err != nil {
+		return err
+	}
+	return writeFileSync(filepath.Join(s.of.dir, s.ID(), "meta.sum"), sum)
+}

@@ -126,6 +126,9 @@ func (f *fsm) ApplyBatch(logs []*raft.Log) []any {
 	if errors.Is(err, errCorrupt) {
 		err = fmt.Errorf("%w; %s", err, rejoinEmpty)
 	}
+	if err != nil && !errors.Is(err, errCorrupt) {
+		err = fmt.Errorf("%w; %s", err, checkDisk)
+	}
 	if err != nil {
 		f.halt(fmt.Errorf("apply raft entries %d to %d to %s: %w", logs[0].Index, logs[len(logs)-1].Index, f.store.path(), err))
 	}

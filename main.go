@@ -96,7 +96,18 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 		return err
 	}
 	log.Info("state opened", "how", how, "revision", st.at().rev, "took", time.Since(start))
-	n, err := startNode(cfg, dir, st, peers, log)
+	// Opening reads the log, and may find that it cannot go on.
+	var n *raftNode
+	failed, opened := make(chan error, 1), make(chan error, 1)
+	go func() {
+		var err error
+		n, err = startNode(cfg, dir, st, peers, log, failed)
+		opened <- err
+	}()
+	select {
+	case err = <-opened:
+	case err = <-failed:
+	}
 	if err != nil {
 		return err
 	}
@@ -118,7 +129,7 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 	select {
 	case err := <-served:
 		return fmt.Errorf("serve %s: %w", api.Addr(), err)
-	case err := <-n.failed:
+	case err := <-failed:
 		return err
 	case <-ctx.Done():
 	}
@@ -129,7 +140,7 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 	go func() { bye <- s.goodbye(srv) }()
 	select {
 	case err = <-bye:
-	case err = <-n.failed:
+	case err = <-failed:
 	}
 	return err
 }

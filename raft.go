@@ -30,7 +30,7 @@ type raftNode struct {
 	raft            atomic.Pointer[raft.Raft] // nil until the node may take part
 	trans           *raft.NetworkTransport
 	logs            *raftLog
-	snaps           *raft.FileSnapshotStore
+	snaps           *snapshotStore
 	disk            *disk
 	members         map[string]peer                  // by node id
 	port            *port                            // raft's connections and the nodes' questions to each other
@@ -69,11 +69,12 @@ type peer struct {
 
 // startNode opens raft's files in dir and takes part in the cluster on ln. Where dir holds
 // nothing of raft's, the node first finds out whether it may (see join.go), and until then
-// serves its API without knowing a leader.
-func startNode(cfg *config, dir string, st *store, ln net.Listener, logger *slog.Logger) (*raftNode, error) {
+// serves its API without knowing a leader. What the node cannot live without and fails, now or
+// later, is sent to failed.
+func startNode(cfg *config, dir string, st *store, ln net.Listener, logger *slog.Logger, failed chan error) (*raftNode, error) {
 	n := &raftNode{
 		id: cfg.Cluster.NodeId, cfg: cfg, dir: dir, log: logger, store: st, members: map[string]peer{},
-		failed: make(chan error, 1), began: time.Now(), proposals: make(chan *proposal, 4*sharedCommands),
+		failed: failed, began: time.Now(), proposals: make(chan *proposal, 4*sharedCommands),
 	}
 	n.ctx, n.stop = context.WithCancel(context.Background())
 	for _, m := range cfg.Cluster.Nodes {
@@ -85,9 +86,8 @@ func startNode(cfg *config, dir string, st *store, ln net.Listener, logger *slog
 		return nil, err
 	}
 	hlog := &raftLogger{Logger: hclog.NewNullLogger(), log: logger}
-	n.snaps, err = raft.NewFileSnapshotStoreWithLogger(dir, 2, hlog)
-	if err != nil {
-		return nil, fmt.Errorf("open %s/snapshots: %w", dir, err)
+	if n.snaps, err = openSnapshots(dir, hlog); err != nil {
+		return nil, err
 	}
 	has, err := raft.HasExistingState(n.logs, n.logs, n.snaps)
 	if err != nil {
@@ -183,9 +183,13 @@ func (n *raftNode) startRaft(newest uint64, servers []raft.Server, hlog hclog.Lo
 			return fmt.Errorf("bootstrap %s: %w", n.logs.path, err)
 		}
 	}
-	r, err := raft.NewRaft(conf, &fsm{store: n.store, log: n.log, disk: n.disk, halt: n.halt}, cache, n.logs, n.snaps, trans)
+	var r *raft.Raft
+	err = caught(func() (err error) {
+		r, err = raft.NewRaft(conf, &fsm{store: n.store, log: n.log, disk: n.disk, halt: n.halt}, cache, n.logs, n.snaps, trans)
+		return err
+	})
 	if err != nil {
-		return fmt.Errorf("start raft in %s: %w; if a file is damaged, move the directory away and start again, and the node rejoins empty", n.dir, err)
+		return fmt.Errorf("start raft in %s: %w; if a file is damaged, %s", n.dir, err, rejoinEmpty)
 	}
 	n.logs.mark()
 	n.raft.Store(r)
@@ -357,12 +361,13 @@ func (n *raftNode) Close() error {
 // was away for a moment needs no snapshot.
 const trailingLogs = 8192
 
-// takeSnapshots writes a snapshot, which lets the log be cut, when the log since the last
-// one has snapshotEntries entries and a quarter of the state's bytes: so a restart replays
-// seconds, and the cost of copying the state is spread over as many writes as it is large.
+// takeSnapshots writes a snapshot, which lets the log be cut, when the log since the last one has
+// as many entries or bytes as a restart replays in a second or so, and a quarter of the state's
+// bytes: so the cost of copying the state is spread over as many writes as it is large.
 func (n *raftNode) takeSnapshots() error {
 	const (
 		snapshotEntries = 8192
+		snapshotBytes   = 4 << 20
 		snapshotMost    = 1 << 20 // entries after which the state's size does not matter
 	)
 	r := n.raft.Load()
@@ -375,14 +380,15 @@ func (n *raftNode) takeSnapshots() error {
 		case <-tick.C:
 		}
 		entries, size := n.logs.grown()
-		if entries < snapshotEntries || size < int64(n.disk.state.Load())/4 && entries < snapshotMost {
+		state := int64(n.disk.state.Load())
+		if entries < snapshotEntries && size < snapshotBytes || size < state/4 && entries < snapshotMost {
 			continue
 		}
 		n.logs.mark()
-		// Entries may be large: of the log, too, no more stays than half the state's size asks.
+		// An entry may be large. Of the log, no more bytes stay than make an eighth of the state.
 		keep := uint64(trailingLogs)
 		if mean := size / entries; mean > 0 {
-			keep = min(keep, max(uint64((64<<20+int64(n.disk.state.Load())/2)/mean), 64))
+			keep = min(keep, max(uint64(max(snapshotBytes/2, state/8)/mean), 16))
 		}
 		rc := r.ReloadableConfig()
 		rc.TrailingLogs = keep
