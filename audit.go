@@ -156,7 +156,7 @@ func checkTail(tx *bbolt.Tx, pos *position) error {
 	if k == nil && pos.rev == 0 {
 		return nil
 	}
-	if k == nil || placeAt(k).rev > pos.rev {
+	if k == nil || placeAt(k).rev != pos.rev {
 		return fmt.Errorf("the audit trail does not end at revision %d: %w", pos.rev, errCorrupt)
 	}
 	for range tailLength {

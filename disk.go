@@ -134,6 +134,10 @@ func (d *disk) low() bool { return d.free.Load() < d.floor }
 // snapshot, too, and for what it is restored to.
 func (d *disk) lowForLeader() bool { return d.free.Load() < max(d.floor, 2*d.state.Load()) }
 
+// hardFloor is how many bytes must be free for entries that are no commands: without a leader's
+// first one nobody leads, and not even reads go on.
+const hardFloor = 16 << 20
+
 // A guardedTransport refuses what would fill the disk before raft touches its log for it: raft
 // does not survive an append that fails half-way.
 type guardedTransport struct {
@@ -166,7 +170,7 @@ func guardTransport(inner *raft.NetworkTransport, d *disk, log *slog.Logger) *gu
 			full := fmt.Errorf("%s has %d bytes free, less than Storage.MinFreeMiB", d.dir, d.free.Load())
 			switch cmd := rpc.Command.(type) {
 			case *raft.AppendEntriesRequest:
-				if len(cmd.Entries) > 0 {
+				if slices.ContainsFunc(cmd.Entries, func(e *raft.Log) bool { return e.Type == raft.LogCommand }) || len(cmd.Entries) > 0 && d.free.Load() < hardFloor {
 					rpc.Respond(&raft.AppendEntriesResponse{}, full)
 					continue
 				}

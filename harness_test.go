@@ -652,6 +652,10 @@ func (n *node) ready() error {
 	if code != http.StatusOK {
 		return fmt.Errorf("%s: /health/ready: %d %+v", n.id, code, st)
 	}
+	// One that came later than the others could wait for has its vote a moment after it is ready.
+	if st.Role == "nonvoter" {
+		return fmt.Errorf("%s has no vote yet: %+v", n.id, st)
+	}
 	return nil
 }
 

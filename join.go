@@ -109,7 +109,7 @@ func (n *raftNode) stateFor(id string, identity uint64) uint64 {
 const (
 	// formMoment is how long an empty node waits for all others to answer before a majority is
 	// enough.
-	formMoment = 2 * time.Second
+	formMoment = 3 * time.Second
 	askPause   = 100 * time.Millisecond
 )
 
@@ -244,7 +244,7 @@ func (n *raftNode) keepVoters() error {
 		select {
 		case <-n.ctx.Done():
 			return nil
-		case <-time.After(roundTime / 2):
+		case <-time.After(askPause):
 		}
 		if !n.leads() {
 			continue

@@ -431,7 +431,7 @@ func (c *config) check() error {
 		{"MaxStaleness", cl.MaxStaleness, 100},
 	} {
 		if t.value < t.low || t.value > 600_000 {
-			return fmt.Errorf("Cluster.%s: %d must be %d to 600000 milliseconds", t.name, t.value, t.low)
+			return fmt.Errorf("%s: %d must be %d to 600000 milliseconds", "Cluster."+t.name, t.value, t.low)
 		}
 	}
 	if cl.UpperElectionTimeout == 0 {

@@ -101,15 +101,6 @@ func (p *port) Close() error {
 	return err
 }
 
-func (p *port) next(from chan net.Conn) (net.Conn, error) {
-	select {
-	case c := <-from:
-		return c, nil
-	case <-p.closed:
-		return nil, net.ErrClosed
-	}
-}
-
 // A sorted connection gives its first byte back before the rest.
 type sorted struct {
 	net.Conn
@@ -129,7 +120,14 @@ func (c *sorted) Read(b []byte) (int, error) {
 type raftStream struct{ *port }
 
 // Accept implements net.Listener.
-func (s raftStream) Accept() (net.Conn, error) { return s.next(s.raft) }
+func (s raftStream) Accept() (net.Conn, error) {
+	select {
+	case c := <-s.raft:
+		return c, nil
+	case <-s.closed:
+		return nil, net.ErrClosed
+	}
+}
 
 // Addr implements net.Listener; raft takes it for its own name.
 func (s raftStream) Addr() net.Addr { return nodeAddr(s.id) }
@@ -151,11 +149,30 @@ func (p *port) dial(ctx context.Context, id string) (net.Conn, error) {
 	return d.DialContext(ctx, "tcp", m.raft)
 }
 
-// An askStream is the side of a port on which nodes ask each other.
-type askStream struct{ *port }
+// An askStream is the side of a port on which nodes ask each other. Closing it leaves raft's
+// side open.
+type askStream struct {
+	*port
+	ended context.Context
+	end   context.CancelFunc
+}
 
 // Accept implements net.Listener.
-func (s askStream) Accept() (net.Conn, error) { return s.next(s.http) }
+func (s askStream) Accept() (net.Conn, error) {
+	select {
+	case c := <-s.http:
+		return c, nil
+	case <-s.closed:
+	case <-s.ended.Done():
+	}
+	return nil, net.ErrClosed
+}
+
+// Close implements net.Listener.
+func (s askStream) Close() error {
+	s.end()
+	return nil
+}
 
 // Addr implements net.Listener.
 func (s askStream) Addr() net.Addr { return nodeAddr(s.id) }
@@ -254,7 +271,8 @@ func (n *raftNode) serveAsks() error {
 	srv := &http.Server{Handler: n.answers(), ReadHeaderTimeout: firstByteTime, MaxHeaderBytes: maxHeader, IdleTimeout: 2 * time.Minute,
 		ErrorLog: slog.NewLogLogger(n.log.Handler(), slog.LevelWarn)}
 	context.AfterFunc(n.ctx, func() { srv.Close() })
-	if err := srv.Serve(askStream{n.port}); !errors.Is(err, http.ErrServerClosed) {
+	ended, end := context.WithCancel(context.Background())
+	if err := srv.Serve(askStream{n.port, ended, end}); !errors.Is(err, http.ErrServerClosed) {
 		return err
 	}
 	return nil

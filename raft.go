@@ -349,7 +349,9 @@ func (n *raftNode) Close() error {
 	err := n.tasks.Wait() // first: one of them may be about to start raft
 	if r := n.raft.Load(); r != nil {
 		err = errors.Join(err, r.Shutdown().Error())
-		n.trans.Close()
+		n.trans.Close() // and with it the port
+	} else {
+		n.port.Close()
 	}
 	if cerr := n.logs.Close(); err == nil {
 		err = cerr

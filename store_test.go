@@ -303,12 +303,12 @@ func checkState(tx *bbolt.Tx) error {
 		}
 
 		ns := spaces[e.Namespace]
-		if prev := none; ns != nil {
-			if prev = ns.last; string(b[:10]) != prev {
-				return wrong("the event before it is at %x, it says %x", prev, b[:10])
-			}
-		} else if string(b[:10]) != none {
-			return wrong("it is the first of its namespace, yet has one before it")
+		prev := none
+		if ns != nil {
+			prev = ns.last
+		}
+		if string(b[:10]) != prev {
+			return wrong("the event before it in its namespace is at %x, it says %x", prev, b[:10])
 		}
 		if ns == nil {
 			ns = &space{deleted: true}
