@@ -33,6 +33,10 @@ func rounds(short, long int) int {
 	return short
 }
 
+// steady keeps elections away from tests that are not about them, whatever else
+// this machine does.
+var steady = with("Cluster", "LowerElectionTimeout", 1000)
+
 // A workload is a set of clients that write without pause and remember what
 // became of every write. Each write has a correlation id of its own, which is
 // also its value; each client writes the same few keys again and again, so that
@@ -389,7 +393,7 @@ func TestCatchUp(t *testing.T) {
 	if raced {
 		missed = 12_000 // still more than the log keeps
 	}
-	c := startCluster(t, 3)
+	c := startCluster(t, 3, steady)
 	f := c.followers()[0]
 	f.put(t, "bench", "before", "x")
 	c.converge()
@@ -575,7 +579,7 @@ func TestNoQuorum(t *testing.T) {
 // whatever the request says, and after all that it can refuse itself.
 func TestRedirect(t *testing.T) {
 	t.Parallel()
-	c := startCluster(t, 3)
+	c := startCluster(t, 3, steady)
 	leader, f := c.leader(), c.followers()[0]
 	if _, st, err := f.status(); err != nil || st.Leader != leader.url {
 		t.Errorf("/health/ready names the leader %q, want %q (%v)", st.Leader, leader.url, err)
@@ -618,7 +622,7 @@ var varying = regexp.MustCompile(`direct|passed|revision"?[: ]\d+|"version":\d+|
 // tell the difference.
 func TestForward(t *testing.T) {
 	t.Parallel()
-	c := startCluster(t, 3, with("Cluster", "Forward", true))
+	c := startCluster(t, 3, steady, with("Cluster", "Forward", true))
 	leader, f := c.leader(), c.followers()[0]
 	type seen struct {
 		Status int

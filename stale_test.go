@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"sort"
 	"strconv"
 	"strings"
@@ -391,14 +392,14 @@ func TestStaleness(t *testing.T) {
 // read with what it has, nor with 404 what it has not.
 func TestStartsBehind(t *testing.T) {
 	t.Parallel()
-	c, roads := newLinked(t, 3, "", nil, with("Cluster", "RequestTimeout", 1000), with("Cluster", "MaxStaleness", 500), calm)
-	late := c.nodes[2]
-	for _, n := range c.nodes[:2] {
-		n.start()
-	}
-	c.ready()
+	c, roads := newLinked(t, 3, "", nil, calm, with("Cluster", "RequestTimeout", 1000), with("Cluster", "MaxStaleness", 500))
+	c.start()
+	late := c.followers()[0]
+	others := slices.DeleteFunc(slices.Clone(c.nodes), func(n *node) bool { return n == late })
+	c.nodes[0].put(t, "app", "k", "at first")
+	c.converge()
 	starve := func(starved bool) {
-		for _, n := range c.nodes[:2] {
+		for _, n := range others {
 			l := roads.of(n, late)
 			l.set(func() {
 				l.most = 0
@@ -408,9 +409,15 @@ func TestStartsBehind(t *testing.T) {
 			})
 		}
 	}
-	for round := range 2 { // with an empty directory, then with an old state
+	for round := range 2 { // with an old state, then with an empty directory
+		late.kill()
+		if round == 1 {
+			if err := os.RemoveAll(late.data); err != nil {
+				t.Fatal(err)
+			}
+		}
 		starve(true)
-		want := c.nodes[0].put(t, "app", "k", strconv.Itoa(round)+strings.Repeat("x", 4*bigCall))
+		want := others[0].put(t, "app", "k", strconv.Itoa(round)+strings.Repeat("x", 4*bigCall))
 		late.start()
 		reads := []string{keyPath("app", "k"), keyPath("app", "missing"), "/api/v1/config/app", "/api/v1/config/none",
 			"/api/v1/namespaces", "/api/v1/namespaces/app/keys", "/api/v1/audit/app", "/api/v1/audit/none"}
@@ -423,7 +430,7 @@ func TestStartsBehind(t *testing.T) {
 				}
 			}
 		}
-		leader := c.leaderOf(c.nodes[:2])
+		leader := c.leaderOf(others)
 		asked := roads.of(late, leader).asked()
 		until(t, 15*time.Second, func() error {
 			refused()
@@ -437,7 +444,7 @@ func TestStartsBehind(t *testing.T) {
 			return nil
 		})
 		if a, err := do("GET", late.url+keyPath("app", "k")+"?stale", readerKey, ""); err != nil || a.header.Get("Confman-Staleness-Ms") != "-1" ||
-			round == 0 && a.status != http.StatusNotFound || round == 1 && a.status != http.StatusOK {
+			round == 0 && a.status != http.StatusOK || round == 1 && a.status != http.StatusNotFound {
 			t.Errorf("round %d: ?stale is answered with %v, %v, %v", round, a, a.header, err)
 		}
 		if a, err := do("GET", late.url+keyPath("app", "k")+"?consistent", readerKey, ""); err != nil || a.slug() != "behind" {
@@ -462,9 +469,7 @@ func TestStartsBehind(t *testing.T) {
 		if a, err := do("GET", late.url+keyPath("app", "missing"), readerKey, ""); err != nil || a.status != http.StatusNotFound {
 			t.Errorf("round %d: caught up, it answers a read of a missing key with %v, %v", round, a, err)
 		}
-		if round == 0 {
-			late.kill()
-		}
+		c.ready()
 	}
 }
 
