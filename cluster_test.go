@@ -722,6 +722,70 @@ func TestForward(t *testing.T) {
 	}
 }
 
+// TestBrokenHop: a write whose way to the leader breaks behind it is of unknown outcome and is
+// sent once, whatever its headers say; one that never got there was not applied.
+func TestBrokenHop(t *testing.T) {
+	t.Parallel()
+	c, roads := newLinked(t, 3, "", nil, calm, with("Cluster", "Forward", true))
+	c.start()
+	leader, f := c.leader(), c.followers()[0]
+	road := roads.of(f, leader)
+	wantTold := func(what string, a *answer, status int, slug, outcome string) {
+		t.Helper()
+		var doc struct{ Outcome string }
+		if err := json.Unmarshal(a.body, &doc); err != nil || a.status != status || a.slug() != slug || doc.Outcome != outcome {
+			t.Errorf("%s: %v, want %d %s, outcome %s", what, a, status, slug, outcome)
+		}
+	}
+	for i, m := range []struct {
+		method, body string
+		headers      []string
+	}{
+		{"PUT", `{"value":"v"}`, []string{"If-None-Match", "*"}},
+		{"DELETE", "", nil},
+		{"PUT", `{"value":"v"}`, []string{"If-None-Match", "*", "Idempotency-Key", "1"}},
+		{"DELETE", "", []string{"Idempotency-Key", "2", "X-Idempotency-Key", "2"}},
+	} {
+		f.put(t, "app", "warm", fmt.Sprint(i)) // there is a connection to use again
+		id := fmt.Sprintf("hop-%d", i)
+		road.hold(replies, true)
+		p := newPending(t, f)
+		if err := p.send(m.method, keyPath("app", "k"), m.body, append([]string{"X-Correlation-Id", id}, m.headers...)...); err != nil {
+			t.Fatal(err)
+		}
+		until(t, 10*time.Second, func() error {
+			if events := leader.items(t, "/api/v1/audit", url.Values{"correlationId": {id}}); len(events) == 0 {
+				return fmt.Errorf("%s %s has not been applied", m.method, id)
+			}
+			return nil
+		})
+		road.snap()
+		road.hold(replies, false)
+		a, err := p.answer()
+		if err != nil {
+			t.Fatal(err)
+		}
+		wantTold(m.method+" "+id, a, http.StatusGatewayTimeout, "outcome-unknown", "unknown")
+		if events := settled(t, f, "app", id); len(events) != 1 {
+			t.Errorf("%s %s is in the trail %d times", m.method, id, len(events))
+		}
+	}
+
+	road.ln.Close()
+	road.snap()
+	until(t, 10*time.Second, func() error { // a connection that it still has is found broken first
+		a, err := do("PUT", f.url+keyPath("app", "late"), adminKey, `{"value":"v"}`)
+		if err != nil {
+			return err
+		}
+		if a.status == http.StatusServiceUnavailable {
+			wantTold("a write that cannot reach the leader", a, http.StatusServiceUnavailable, "unavailable", "not-applied")
+			return nil
+		}
+		return fmt.Errorf("%v", a)
+	})
+}
+
 // runNode runs the program with args in dir until it ends by itself.
 func runNode(t *testing.T, dir string, args ...string) (code int, stdout, stderr string) {
 	t.Helper()

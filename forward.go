@@ -119,7 +119,10 @@ func (s *server) forward(c *call, leader string) error {
 		return err
 	}
 	hop := map[string]bool{"Connection": true, "Keep-Alive": true, "Proxy-Connection": true, "Te": true, "Trailer": true,
-		"Transfer-Encoding": true, "Upgrade": true, "Expect": true, "Content-Length": true, "X-Correlation-Id": true}
+		"Transfer-Encoding": true, "Upgrade": true, "Expect": true, "Content-Length": true, "X-Correlation-Id": true,
+		// Go's transport takes these for leave to send a write again when its connection breaks, and
+		// the second answer would hide that the first was applied.
+		"Idempotency-Key": true, "X-Idempotency-Key": true}
 	for _, v := range c.r.Header["Connection"] {
 		for name := range strings.SplitSeq(v, ",") {
 			hop[http.CanonicalHeaderKey(strings.TrimSpace(name))] = true

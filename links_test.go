@@ -46,6 +46,7 @@ type link struct {
 	most    int        // calls with more bytes at once are held too; 0 for any
 	waiting [2]int     // how much is held right now, in pieces
 	asks    int        // questions of nodes to each other that have come by
+	open    map[net.Conn]bool
 	over    bool       // the test has ended
 }
 
@@ -62,7 +63,7 @@ func newLink(tb testing.TB) *link {
 	if err != nil {
 		tb.Fatal(err)
 	}
-	l := &link{ln: ln}
+	l := &link{ln: ln, open: map[net.Conn]bool{}}
 	l.change = sync.NewCond(&l.mu)
 	ctx, end := context.WithCancel(context.Background())
 	var pumps sync.WaitGroup
@@ -95,9 +96,9 @@ func (l *link) set(f func()) {
 // carry serves one connection until either end closes it, or ctx ends.
 func (l *link) carry(ctx context.Context, from net.Conn) {
 	defer from.Close()
-	l.mu.Lock()
-	target := l.target
-	l.mu.Unlock()
+	var target string
+	l.set(func() { target, l.open[from] = l.target, true })
+	defer l.set(func() { delete(l.open, from) })
 	to, err := net.DialTimeout("tcp", target, time.Second)
 	if err != nil {
 		return // the node is down, and so is the road
@@ -150,6 +151,15 @@ func (l *link) pass(piece []byte, way int) bool {
 
 // hold holds back one direction, or lets it go.
 func (l *link) hold(way int, held bool) { l.set(func() { l.held[way] = held }) }
+
+// snap breaks every connection of the road, with what is held on it.
+func (l *link) snap() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for c := range l.open {
+		c.Close()
+	}
+}
 
 // holds returns how many pieces are held back in one direction.
 func (l *link) holds(way int) int {
