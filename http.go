@@ -532,6 +532,12 @@ func (c *call) finish(err error) {
 		return
 	}
 	p := problemOf(err)
+	if c.reads && c.w.status == 0 && p.kind != errInternal {
+		// That nothing is there is an answer too, and may be no older than any other.
+		if stale := c.showStaleness(); stale != nil {
+			p, err = problemOf(stale), stale
+		}
+	}
 	if errors.Is(err, errCorrupt) {
 		go c.s.node.halt(fmt.Errorf("%w; %s", err, rejoinEmpty))
 	}
@@ -578,7 +584,7 @@ func (c *call) observe(status int, err error) {
 	took := time.Since(c.start)
 	level := slog.LevelDebug
 	switch {
-	case status >= 500 && errors.Is(err, errInternal):
+	case err != nil && problemOf(err).kind == errInternal:
 		level = slog.LevelError
 	case err != nil, c.writes(), took > slow && !c.waited:
 		level = slog.LevelInfo

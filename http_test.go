@@ -2,9 +2,13 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
+	"log/slog"
 	"maps"
 	"net/http"
+	"net/http/httptest"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -516,6 +520,35 @@ func (s *script) ruleBreaks(sc *scriptCase, req *rawRequest, got *rawAnswer) (br
 		say("Confman-Staleness-Ms is %q", old)
 	}
 	return broken
+}
+
+// TestInternal: a fault of our own is a line at Error with its cause, and tells the client none of it.
+func TestInternal(t *testing.T) {
+	t.Parallel()
+	w := newWriter(t, t.TempDir())
+	s := newReader(t, w)
+	var logged strings.Builder
+	s.log = slog.New(slog.NewTextHandler(&logged, nil))
+	for _, m := range []struct {
+		err         error
+		level, slug string
+	}{
+		{errors.New("open state.db: a cause"), "ERROR", "internal"},
+		{fmt.Errorf("get: %w", io.ErrUnexpectedEOF), "ERROR", "internal"},
+		{errUnavailable.because("try again"), "INFO", "unavailable"},
+		{errNotFound.because("there is no key"), "INFO", "not-found"},
+	} {
+		logged.Reset()
+		rec := httptest.NewRecorder()
+		s.newCall(rec, httptest.NewRequest("PUT", keyPath("app", "k"), nil)).finish(m.err)
+		a := &answer{rec.Code, rec.Header(), rec.Body.Bytes()}
+		if a.slug() != m.slug || m.slug == "internal" && strings.Contains(string(a.body), m.err.Error()) {
+			t.Errorf("%v is answered with %v", m.err, a)
+		}
+		if line := logged.String(); !strings.Contains(line, "level="+m.level) || !strings.Contains(line, m.err.Error()) {
+			t.Errorf("%v is logged as %q, want level %s", m.err, line, m.level)
+		}
+	}
 }
 
 // checkInstance compares the instance of a problem with the path of the request.

@@ -41,13 +41,13 @@ type link struct {
 
 	mu      sync.Mutex // protects the rest
 	target  string
-	change  *sync.Cond // rung when one of the rules changes
-	held    [2]bool    // by direction: calls and replies
-	most    int        // calls with more bytes at once are held too; 0 for any
-	waiting [2]int     // how much is held right now, in pieces
-	asks    int        // questions of nodes to each other that have come by
-	open    map[net.Conn]bool
-	over    bool       // the test has ended
+	change  *sync.Cond        // rung when one of the rules changes
+	held    [2]bool           // by direction: calls and replies
+	most    int               // calls with more bytes at once are held too; 0 for any
+	waiting [2]int            // how much is held right now, in pieces
+	asks    int               // questions of nodes to each other that have come by
+	open    map[net.Conn]bool // the connections on it, at the calling end
+	over    bool              // the test has ended
 }
 
 // The directions of a link.

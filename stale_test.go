@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"slices"
@@ -386,6 +387,51 @@ func TestStaleness(t *testing.T) {
 	roads.cut(leader, false)
 	fresh(leader)
 	o.check()
+}
+
+// TestOldAnswers: an answer that grew older than promised while it was made, because the process
+// was paused, is not given: neither what is there nor that nothing is.
+func TestOldAnswers(t *testing.T) {
+	t.Parallel()
+	w := newWriter(t, t.TempDir())
+	w.apply(set("app", "k", "v"))
+	s := newReader(t, w)
+	s.node.log = s.log
+	for _, m := range []struct {
+		name string
+		send func(c *call) error
+		want int // in time
+	}{
+		{"what is there", func(c *call) error { return c.sendJSON(http.StatusOK, []byte(`{}`)) }, 200},
+		{"a text", func(c *call) error { return c.sendText([]byte("v")) }, 200},
+		{"that it is the same", func(c *call) error { return c.sendNothing(http.StatusNotModified) }, 304},
+		{"that nothing is there", func(c *call) error { return errNotFound.because("there is no key") }, 404},
+		{"that it is another one", func(c *call) error { return preconditionFailed(nil, "it is another one") }, 412},
+		{"that it failed", func(c *call) error { return errors.New("the disk") }, 500},
+	} {
+		for _, late := range []bool{false, true} {
+			rec := httptest.NewRecorder()
+			c := s.newCall(rec, httptest.NewRequest("GET", keyPath("app", "k"), nil))
+			now := time.Now()
+			s.node.freshSince.Store(&now)
+			if err := s.fresh(c); err != nil {
+				t.Fatal(err)
+			}
+			want := m.want
+			if late {
+				then := now.Add(-time.Duration(s.cfg.Cluster.MaxStaleness+1) * time.Millisecond)
+				s.node.freshSince.Store(&then)
+				if want != http.StatusInternalServerError {
+					want = http.StatusServiceUnavailable
+				}
+			}
+			c.finish(m.send(c))
+			a := &answer{rec.Code, rec.Header(), rec.Body.Bytes()}
+			if a.status != want || late && want == 503 && a.slug() != "stale-read" {
+				t.Errorf("%s, late %v: %v, want %d", m.name, late, a, want)
+			}
+		}
+	}
 }
 
 // TestStartsBehind: a node that starts and has not caught up says so. It answers no plain
