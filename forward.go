@@ -173,11 +173,7 @@ func (s *server) forward(c *call, leader string) error {
 		h["Content-Length"] = []string{strconv.Itoa(len(answer))}
 	}
 	c.w.WriteHeader(resp.StatusCode)
-	_, err = c.w.Write(answer)
-	if errors.Is(err, http.ErrBodyNotAllowed) {
-		err = nil
-	}
-	return err
+	return c.write(answer)
 }
 
 func brokenHop(err error) error {

@@ -498,8 +498,27 @@ func (c *call) sendJSON(status int, b []byte) error {
 	h["Content-Type"] = typeJSON
 	h["Content-Length"] = []string{strconv.Itoa(len(b))}
 	c.w.WriteHeader(status)
-	_, err := c.w.Write(b)
-	return err
+	return c.write(b)
+}
+
+// largeAnswer is from how many bytes on an answer may not fit in a socket, and writeTime how long a
+// client may take to accept such a one. Then it is cut off, and the memory is free again.
+const (
+	largeAnswer = 64 << 10
+	writeTime   = 30 * time.Second
+)
+
+// write sends the body of an answer.
+func (c *call) write(b []byte) error {
+	if len(b) > largeAnswer {
+		rc := http.NewResponseController(c.w)
+		rc.SetWriteDeadline(time.Now().Add(writeTime))
+		defer rc.SetWriteDeadline(time.Time{}) // it would outlast this request
+	}
+	if _, err := c.w.Write(b); err != nil {
+		return errClosed.because("%v", err)
+	}
+	return nil
 }
 
 // sendText answers with b as it is.
@@ -511,8 +530,7 @@ func (c *call) sendText(b []byte) error {
 	h["Content-Type"] = typeText
 	h["X-Content-Type-Options"] = []string{"nosniff"} // a value may look like a page
 	h["Content-Length"] = []string{strconv.Itoa(len(b))}
-	_, err := c.w.Write(b)
-	return err
+	return c.write(b)
 }
 
 // sendNothing answers with a status that has no body.

@@ -551,6 +551,46 @@ func TestInternal(t *testing.T) {
 	}
 }
 
+// A deadlined answer notes its write deadlines, and whether there is one while it is written.
+type deadlined struct {
+	*httptest.ResponseRecorder
+	deadline  time.Time
+	unbounded int // bytes that were written without a deadline
+}
+
+func (d *deadlined) SetWriteDeadline(t time.Time) error {
+	d.deadline = t
+	return nil
+}
+
+func (d *deadlined) Write(b []byte) (int, error) {
+	if d.deadline.IsZero() {
+		d.unbounded += len(b)
+	}
+	return d.ResponseRecorder.Write(b)
+}
+
+// TestWriteDeadline: a client that does not take a large answer cannot hold it for ever, and
+// what comes next on its connection is not cut.
+func TestWriteDeadline(t *testing.T) {
+	t.Parallel()
+	w := newWriter(t, t.TempDir())
+	w.apply(set("app", "small", "v"), set("app", "large", strings.Repeat("x", maxValue)))
+	s := newReader(t, w)
+	for _, path := range []string{keyPath("app", "small"), keyPath("app", "large"), keyPath("app", "large") + "?raw", "/api/v1/config/app", "/api/v1/audit/app"} {
+		r := httptest.NewRequest("GET", path, nil)
+		q := r.URL.Query()
+		q.Set("stale", "")
+		r.URL.RawQuery = q.Encode()
+		r.Header.Set("X-API-Key", adminKey)
+		d := &deadlined{ResponseRecorder: httptest.NewRecorder()}
+		s.ServeHTTP(d, r)
+		if d.Code != http.StatusOK || d.unbounded > 64<<10 || !d.deadline.IsZero() {
+			t.Errorf("GET %s: status %d, %d bytes written without a deadline, which is %v afterwards", path, d.Code, d.unbounded, d.deadline)
+		}
+	}
+}
+
 // checkInstance compares the instance of a problem with the path of the request.
 // Both are decoded: a URI may be written in more than one way.
 func checkInstance(req *rawRequest, got *rawAnswer) error {

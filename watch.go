@@ -148,9 +148,6 @@ func namespaceSubject(c *call) string { return c.ns }
 //	data: {"id":"42-0","revision":42,...}
 const (
 	keepAlive = 15 * time.Second
-	// streamWrite is how long a client may take to accept what is written; then it is cut off
-	// and resumes by Last-Event-ID.
-	streamWrite = 30 * time.Second
 	// streamChunk and streamScan bound what one read transaction of a stream collects and looks
 	// at, in bytes and events.
 	streamChunk = 256 << 10
@@ -231,7 +228,7 @@ func (s *server) stream(c *call, ns string) error {
 	c.waited = true
 	rc := http.NewResponseController(c.w)
 	send := func(b []byte) error {
-		rc.SetWriteDeadline(time.Now().Add(streamWrite))
+		rc.SetWriteDeadline(time.Now().Add(writeTime))
 		if len(b) > 0 {
 			if _, err := c.w.Write(b); err != nil {
 				return err
