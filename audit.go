@@ -336,9 +336,9 @@ func (f eventFilter) match(stored []byte) bool {
 	return true
 }
 
-// maxScan bounds how many events one page of the trail looks at when a filter passes
-// most of them over; the page then ends early, with a cursor.
-const maxScan = 200_000
+// auditScan is how many events a page of the trail looks at in one transaction when a filter passes
+// most of them over; then it goes on in another. It is a variable for a test's sake.
+var auditScan = 50_000
 
 // listAudit answers the trail of one namespace, newest first.
 func (s *server) listAudit(c *call) error { return s.audit(c, c.ns) }
@@ -375,28 +375,38 @@ func (s *server) audit(c *call, ns string) error {
 
 	p := newPage(limit, false)
 	defer p.free()
-	err = s.store.view(func(tx *bbolt.Tx) error {
-		next, err := newestFirst(tx, ns, from)
+	for more := true; more; {
+		if err := c.r.Context().Err(); err != nil {
+			return errClosed.because("%v", err)
+		}
+		err := s.store.view(func(tx *bbolt.Tx) error {
+			more = false
+			next, err := newestFirst(tx, ns, from)
+			if err != nil {
+				return err
+			}
+			for scanned := 0; ; scanned++ {
+				at, ev, err := next()
+				if err != nil || at.rev <= since {
+					return err
+				}
+				if scanned == auditScan {
+					from, more = at, true
+					return nil
+				}
+				if !filter.match(ev.json) {
+					continue
+				}
+				if p.full() {
+					p.next = cursorOf('a', at.appendTo(nil))
+					return nil
+				}
+				p.add(ev.json)
+			}
+		})
 		if err != nil {
 			return err
 		}
-		for scanned := 0; ; scanned++ {
-			at, ev, err := next()
-			if err != nil || at.rev <= since {
-				return err
-			}
-			match := filter.match(ev.json)
-			if match && p.full() || scanned == maxScan {
-				p.next = cursorOf('a', at.appendTo(nil))
-				return nil
-			}
-			if match {
-				p.add(ev.json)
-			}
-		}
-	})
-	if err != nil {
-		return err
 	}
 	return p.send(c)
 }
@@ -436,15 +446,14 @@ func newestFirst(tx *bbolt.Tx, ns string, from place) (func() (place, eventRecor
 	}
 	at := n.last
 	if from.before(at) {
-		// A cursor is the place of an event of this list, so it is a lookup; one that was
-		// made up, or that the trail has lost, shows nothing.
+		// A cursor is the place of an event of this list, so it is a lookup.
 		at = from
 		ev, ok, err := getEvent(tx, at)
 		if err != nil {
 			return nil, err
 		}
 		if !ok || !bytes.Contains(ev.json, append(appendString([]byte(`,"namespace":`), ns), ',')) {
-			at = place{}
+			return nil, errBadRequest.because("cursor is not one that this list returned; begin without it")
 		}
 	}
 	return func() (place, eventRecord, error) {

@@ -172,6 +172,14 @@ func (l *workload) check() {
 	tb.Helper()
 	l.end()
 	l.c.ready()
+	// What no client waits for any more may still be in a log: a new leader commits it.
+	until(tb, 15*time.Second, func() error {
+		a, err := do("GET", l.c.leader().url+"/api/v1/audit/load?consistent&limit=1", adminKey, "")
+		if err == nil && a.status != http.StatusOK {
+			err = fmt.Errorf("read behind the log: %v", a)
+		}
+		return err
+	})
 	l.c.converge()
 	tb.Logf("%d writes acknowledged, %d of unknown outcome", len(l.acked), len(l.unknown))
 	for _, w := range l.wrong {

@@ -49,6 +49,7 @@ type disk struct {
 	dir   string
 	floor uint64 // bytes that must stay free, Storage.MinFreeMiB
 	halt  func(error)
+	log   *slog.Logger
 
 	free  atomic.Uint64 // bytes free, as look last saw
 	state atomic.Uint64 // bytes of the state file, likewise
@@ -71,8 +72,8 @@ const (
 	stallTicks = 20
 )
 
-func newDisk(dir string, floor uint64, halt func(error)) *disk {
-	d := &disk{dir: dir, floor: floor, halt: halt, busy: map[uint64]*stall{}}
+func newDisk(dir string, floor uint64, log *slog.Logger, halt func(error)) *disk {
+	d := &disk{dir: dir, floor: floor, log: log, halt: halt, busy: map[uint64]*stall{}}
 	d.look()
 	return d
 }
@@ -120,8 +121,17 @@ func (d *disk) watch() error {
 		}
 	}()
 	go func() {
+		low := false
 		for range time.Tick(2 * diskTick) {
 			d.look() // beside the watchdog: on a hung disk it may hang too
+			if d.lowForLeader() == low {
+				continue
+			}
+			if low = !low; low {
+				d.log.Error("disk is nearly full: a leader takes deletes only", "free", d.free.Load(), "minimum", d.leaderFloor())
+			} else {
+				d.log.Info("disk has room for a leader again", "free", d.free.Load())
+			}
 		}
 	}()
 	return nil
@@ -130,9 +140,12 @@ func (d *disk) watch() error {
 // low reports that a follower must not take more.
 func (d *disk) low() bool { return d.free.Load() < d.floor }
 
-// lowForLeader reports that a leader must not take writes: there must be room for a
-// snapshot, too, and for what it is restored to.
-func (d *disk) lowForLeader() bool { return d.free.Load() < max(d.floor, 2*d.state.Load()) }
+// lowForLeader reports that a leader must not take writes.
+func (d *disk) lowForLeader() bool { return d.free.Load() < d.leaderFloor() }
+
+// leaderFloor is how many bytes must be free on a leader: there must be room for a snapshot,
+// too, and for what it is restored to.
+func (d *disk) leaderFloor() uint64 { return max(d.floor, 2*d.state.Load()) }
 
 // hardFloor is how many bytes must be free for entries that are no commands: without a leader's
 // first one nobody leads, and not even reads go on.
@@ -147,6 +160,33 @@ type guardedTransport struct {
 
 // Consumer implements raft.Transport.
 func (t *guardedTransport) Consumer() <-chan raft.RPC { return t.rpcs }
+
+// again makes a call anew while it fails by a connection that its other end has closed. raft keeps
+// some for later, and those to a node that was started again since are all broken: a vote that
+// fails by that costs another election timeout. What is called may be done twice.
+func again(call func() error) (err error) {
+	for range maxPool + 1 {
+		if err = call(); !errors.Is(err, io.EOF) && !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, syscall.EPIPE) {
+			break
+		}
+	}
+	return err
+}
+
+// RequestVote implements raft.Transport.
+func (t *guardedTransport) RequestVote(id raft.ServerID, to raft.ServerAddress, args *raft.RequestVoteRequest, resp *raft.RequestVoteResponse) error {
+	return again(func() error { return t.NetworkTransport.RequestVote(id, to, args, resp) })
+}
+
+// RequestPreVote implements raft.WithPreVote.
+func (t *guardedTransport) RequestPreVote(id raft.ServerID, to raft.ServerAddress, args *raft.RequestPreVoteRequest, resp *raft.RequestPreVoteResponse) error {
+	return again(func() error { return t.NetworkTransport.RequestPreVote(id, to, args, resp) })
+}
+
+// TimeoutNow implements raft.Transport.
+func (t *guardedTransport) TimeoutNow(id raft.ServerID, to raft.ServerAddress, args *raft.TimeoutNowRequest, resp *raft.TimeoutNowResponse) error {
+	return again(func() error { return t.NetworkTransport.TimeoutNow(id, to, args, resp) })
+}
 
 // guardTransport puts the guard before raft. It runs as long as the process.
 func guardTransport(inner *raft.NetworkTransport, d *disk, log *slog.Logger) *guardedTransport {

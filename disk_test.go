@@ -148,6 +148,9 @@ func TestDiskFull(t *testing.T) {
 	until(t, 5*time.Second, func() error {
 		return refused("PUT", keyPath("app", "probe"), `{"value":"`+strconv.FormatInt(time.Now().UnixNano(), 10)+`"}`)
 	})
+	if !strings.Contains(leader.logged(), "disk is nearly full: a leader takes deletes only") {
+		t.Errorf("%s does not say that its disk is nearly full", leader.id)
+	}
 	for _, m := range []struct{ method, path, body string }{
 		{"PUT", keyPath("app", "k"), `{"value":"without"}`},
 		{"PUT", keyPath("app", "new"), `{"value":"without"}`},
@@ -186,7 +189,7 @@ func TestDiskFull(t *testing.T) {
 	normal := m.take()
 	vols[f.id].fill(below)
 	until(t, 5*time.Second, func() error {
-		if !strings.Contains(f.logged(), "disk is nearly full") {
+		if !strings.Contains(f.logged(), "disk is nearly full: entries are refused") {
 			return fmt.Errorf("%s does not say that its disk is nearly full", f.id)
 		}
 		return nil
@@ -215,11 +218,15 @@ func TestDiskFull(t *testing.T) {
 	if len(normal) < 100 || len(full) < 100 {
 		t.Fatalf("%d and %d writes are too few to compare", len(normal), len(full))
 	}
-	before, during := quantile(normal, 0.99), quantile(full, 0.99)
-	t.Logf("p99 of a write %v before (%d writes), %v while the disk is full (%d)", before, len(normal), during, len(full))
-	// What is shorter than this is the machine's noise, not the follower's.
-	if during > max(2*before, 20*time.Millisecond) {
-		t.Errorf("p99 of a write is %v while a follower's disk is full, %v before", during, before)
+	for _, m := range []struct {
+		q     float64
+		noise time.Duration // what is shorter is the machine's, not the follower's; of the p99, what is ordered
+	}{{0.50, 20 * time.Millisecond}, {0.99, 100 * time.Millisecond}} {
+		before, during := quantile(normal, m.q), quantile(full, m.q)
+		t.Logf("p%.0f of a write %v before (%d writes), %v while the disk is full (%d)", 100*m.q, before, len(normal), during, len(full))
+		if during > max(2*before, m.noise) {
+			t.Errorf("p%.0f of a write is %v while a follower's disk is full, %v before", 100*m.q, during, before)
+		}
 	}
 	verify(c)
 	for _, n := range c.nodes {

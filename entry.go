@@ -84,7 +84,7 @@ func checkValue(value, typ string) error {
 		return errTooLarge.because("the value has %d bytes; at most %d are allowed", len(value), maxValue)
 	}
 	if !typeName.MatchString(typ) {
-		return errInvalidValue.because("the type %q is not a name of the form [a-z][a-z0-9.+-]{0,31}", clip(typ, 40))
+		return errInvalidValue.quoting("the type %q is not a name of the form [a-z][a-z0-9.+-]{0,31}", clip(typ, 40))
 	}
 	if !utf8.ValidString(value) {
 		return errInvalidValue.because("the value is not UTF-8; encode binary data, for example as base64")
@@ -192,13 +192,13 @@ func conditionOf(r *http.Request) (c condition, err error) {
 		c.hasMatch = true
 		// RFC 9110, section 13.1.1: the comparison is strong, so a weak tag never matches.
 		if c.matchAny, c.match, err = parseTags(strings.Join(v, ","), false); err != nil {
-			return c, errBadRequest.because("If-Match: %v", err)
+			return c, errBadRequest.quoting("If-Match: %v", err)
 		}
 	}
 	if v := r.Header["If-None-Match"]; v != nil {
 		c.hasNone = true
 		if c.noneAny, c.none, err = parseTags(strings.Join(v, ","), true); err != nil {
-			return c, errBadRequest.because("If-None-Match: %v", err)
+			return c, errBadRequest.quoting("If-None-Match: %v", err)
 		}
 	}
 	return c, nil
@@ -236,7 +236,7 @@ func parseTags(s string, weakToo bool) (any bool, revs []uint64, err error) {
 	}
 }
 
-// holds evaluates one half of a condition.
+// tagsHold evaluates one half of a condition.
 func tagsHold(any bool, revs []uint64, cur *current) bool {
 	return cur != nil && (any || slices.Contains(revs, cur.Revision))
 }
@@ -260,7 +260,7 @@ func (c *condition) check(cur *current) error {
 // answer, a 304, is out.
 func (c *condition) read(call *call, cur *current) (done bool, err error) {
 	if c.hasMatch && !tagsHold(c.matchAny, c.match, cur) {
-		return false, (&condition{hasMatch: true, match: c.match}).check(cur)
+		return false, preconditionFailed(cur, fmt.Sprintf("it is of revision %d", cur.Revision))
 	}
 	if c.hasNone && tagsHold(c.noneAny, c.none, cur) {
 		if call.waiting {
@@ -277,7 +277,7 @@ func (c *condition) missing(call *call, err error) error {
 	case problemOf(err).kind != errNotFound:
 		return err
 	case c.hasMatch:
-		return c.check(nil)
+		return preconditionFailed(nil, problemOf(err).detail)
 	case call.waiting && !c.hasNone:
 		return errUnchanged
 	}
@@ -286,10 +286,7 @@ func (c *condition) missing(call *call, err error) error {
 
 // getEntry answers one entry; its ETag is its revision.
 func (s *server) getEntry(c *call) error {
-	raw, err := c.flag("raw")
-	if err != nil {
-		return err
-	}
+	raw := c.q.Has("raw")
 	version, err := c.number("version", 0)
 	if err != nil {
 		return err
@@ -416,24 +413,13 @@ func (s *server) listEntries(c *call) error {
 
 // putEntry sets a key.
 func (s *server) putEntry(c *call) error {
-	raw, err := c.flag("raw")
-	if err != nil {
-		return err
-	}
-	if c.q.Has("type") && !raw {
-		return errBadRequest.because("type goes with raw; in a JSON body it is the member type")
-	}
 	cond, err := conditionOf(c.r)
 	if err != nil {
 		return err
 	}
 	ch := change{Key: c.key}
-	if raw || c.rawBody() {
-		body, err := c.body()
-		if err != nil {
-			return err
-		}
-		v := string(body)
+	if c.q.Has("raw") || c.rawBody() {
+		v := string(c.sent)
 		ch.Value, ch.Type = &v, cmp.Or(c.q.Get("type"), "string")
 		if c.q.Has("type") && c.q.Get("type") == "" {
 			ch.Type = ""
@@ -525,7 +511,7 @@ func (s *server) patchEntries(c *call) error {
 		if m.raw[0] != 'n' {
 			v, typ, err := valueOf(m.raw)
 			if err != nil {
-				return errBadRequest.because("%q: %v", m.name, err)
+				return errBadRequest.quoting("%q: %v", m.name, err)
 			}
 			if err := checkValue(v, typ); err != nil {
 				return problemOf(err).in(m.name)

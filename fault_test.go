@@ -9,6 +9,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
+	"log/slog"
 	"math/rand/v2"
 	"net/http"
 	"os"
@@ -20,6 +22,9 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/hashicorp/go-hclog"
+	"github.com/hashicorp/raft"
 )
 
 // seeded returns the source of what a test leaves to chance.
@@ -523,4 +528,131 @@ func installed(tb testing.TB, n *node) (whole int) {
 		}
 	}
 	return whole
+}
+
+// TestWipedMajority: where most nodes have lost their data, those that are left do not lead and the
+// empty ones do not begin anew; copied to the others, the data that is left is served again.
+func TestWipedMajority(t *testing.T) {
+	t.Parallel()
+	c := startCluster(t, 3)
+	was := c.nodes[0].put(t, "app", "k", "v")
+	c.converge()
+	left, lost := c.nodes[0], c.nodes[1:]
+	for _, n := range c.nodes {
+		n.stop()
+	}
+	for _, n := range lost {
+		if err := os.RemoveAll(n.data); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, n := range c.nodes {
+		n.start()
+	}
+	for _, n := range lost {
+		until(t, limit(10*time.Second), func() error {
+			code, st, err := n.status()
+			if err == nil && (code != http.StatusServiceUnavailable || !strings.Contains(st.Reason, "node "+left.id+" has data")) {
+				err = fmt.Errorf("%s says %d %+v", n.id, code, st)
+			}
+			return err
+		})
+	}
+	if a, err := do("PUT", left.url+keyPath("app", "k"), adminKey, `{"value":"w"}`); err != nil || a.status != http.StatusServiceUnavailable {
+		t.Errorf("a write at the node that is left: %v, %v", a, err)
+	}
+	for _, n := range c.nodes {
+		n.stop()
+	}
+	for _, n := range lost {
+		if err := errors.Join(os.RemoveAll(n.data), os.CopyFS(n.data, os.DirFS(left.data)), filepath.WalkDir(n.data, private)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c.start()
+	for _, n := range c.nodes {
+		if got := n.get(t, "app", "k"); got != was {
+			t.Errorf("%s shows %+v, want %+v", n.id, got, was)
+		}
+	}
+	c.leader().put(t, "app", "k", "w")
+	lost[0].kill()
+	c.leader().put(t, "app", "k", "x")
+	lost[0].start()
+	c.ready()
+}
+
+// private gives a file or directory the mode that cp -a would have kept.
+func private(path string, d fs.DirEntry, err error) error {
+	if err != nil {
+		return err
+	}
+	if d.IsDir() {
+		return os.Chmod(path, 0o700)
+	}
+	return os.Chmod(path, 0o600)
+}
+
+// TestVotesAfterRestart: raft keeps connections to the other nodes, and those to a node that was
+// started again since are broken. A vote asked for over one of them is asked for again.
+func TestVotesAfterRestart(t *testing.T) {
+	t.Parallel()
+	listen := func(addr string) *raft.NetworkTransport {
+		t.Helper()
+		var tr *raft.NetworkTransport
+		until(t, 5*time.Second, func() (err error) {
+			tr, err = raft.NewTCPTransportWithLogger(addr, nil, maxPool, 5*time.Second, hclog.NewNullLogger())
+			return err
+		})
+		go func() {
+			for rpc := range tr.Consumer() {
+				switch rpc.Command.(type) {
+				case *raft.RequestVoteRequest:
+					rpc.Respond(&raft.RequestVoteResponse{Term: 7, Granted: true}, nil)
+				case *raft.RequestPreVoteRequest:
+					rpc.Respond(&raft.RequestPreVoteResponse{Term: 7, Granted: true}, nil)
+				case *raft.TimeoutNowRequest:
+					rpc.Respond(&raft.TimeoutNowResponse{}, nil)
+				}
+			}
+		}()
+		return tr
+	}
+	addr := raft.ServerAddress(fmt.Sprintf("127.0.0.1:%d", freePort(t)))
+	vote := func(tr raft.Transport) error {
+		return tr.RequestVote("b", addr, &raft.RequestVoteRequest{Term: 7}, &raft.RequestVoteResponse{})
+	}
+	for name, call := range map[string]func(bare *raft.NetworkTransport, guarded *guardedTransport) error{
+		"RequestVote": func(_ *raft.NetworkTransport, tr *guardedTransport) error { return vote(tr) },
+		"RequestPreVote": func(_ *raft.NetworkTransport, tr *guardedTransport) error {
+			return tr.RequestPreVote("b", addr, &raft.RequestPreVoteRequest{Term: 7}, &raft.RequestPreVoteResponse{})
+		},
+		"TimeoutNow": func(_ *raft.NetworkTransport, tr *guardedTransport) error {
+			return tr.TimeoutNow("b", addr, &raft.TimeoutNowRequest{}, &raft.TimeoutNowResponse{})
+		},
+		"raft's own": func(tr *raft.NetworkTransport, _ *guardedTransport) error { return vote(tr) },
+	} {
+		bare := listen("127.0.0.1:0")
+		quiet := slog.New(slog.DiscardHandler)
+		guarded := guardTransport(bare, newDisk(t.TempDir(), 1, quiet, nil), quiet)
+		to := listen(string(addr))
+		var wg sync.WaitGroup
+		for range 2 * maxPool { // fills the pool
+			wg.Go(func() {
+				if err := call(bare, guarded); err != nil {
+					t.Errorf("%s: %v", name, err)
+				}
+			})
+		}
+		wg.Wait()
+		to.Close()
+		to.CloseStreams()
+		to = listen(string(addr))
+		if err := call(bare, guarded); (err != nil) != (name == "raft's own") {
+			t.Errorf("%s after the other node's restart: %v", name, err)
+		}
+		to.Close()
+		to.CloseStreams()
+		bare.Close()
+	}
 }

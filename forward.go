@@ -8,8 +8,9 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptrace"
 	"strconv"
-	"strings"
+	"sync/atomic"
 	"time"
 )
 
@@ -103,9 +104,10 @@ func (s *server) gate(c *call) (done bool, err error) {
 // forward passes a write on to the leader's API with the caller's own key and headers, over the
 // raft port, and answers what it says once this node has applied the write.
 func (s *server) forward(c *call, leader string) error {
-	body, err := c.body()
-	if err != nil {
-		return err
+	if c.r.ContentLength != 0 {
+		if err := c.readBody(); err != nil {
+			return err
+		}
 	}
 	deadline := c.start.Add(s.cfg.requestTimeout())
 	ctx, cancel := context.WithDeadline(c.r.Context(), deadline)
@@ -114,20 +116,17 @@ func (s *server) forward(c *call, leader string) error {
 	if err != nil {
 		return err
 	}
-	req, err := http.NewRequestWithContext(ctx, c.r.Method, "http://"+leader+c.r.URL.RequestURI(), bytes.NewReader(body))
+	req, err := http.NewRequestWithContext(ctx, c.r.Method, "http://"+leader+c.r.URL.RequestURI(), bytes.NewReader(c.sent))
 	if err != nil {
 		return err
 	}
+	// A client that calls a header of ours hop-by-hop, If-Match say, does not get rid of it by that:
+	// for it this node is the server, whichever leads.
 	hop := map[string]bool{"Connection": true, "Keep-Alive": true, "Proxy-Connection": true, "Te": true, "Trailer": true,
 		"Transfer-Encoding": true, "Upgrade": true, "Expect": true, "Content-Length": true, "X-Correlation-Id": true,
 		// Go's transport takes these for leave to send a write again when its connection breaks, and
 		// the second answer would hide that the first was applied.
 		"Idempotency-Key": true, "X-Idempotency-Key": true}
-	for _, v := range c.r.Header["Connection"] {
-		for name := range strings.SplitSeq(v, ",") {
-			hop[http.CanonicalHeaderKey(strings.TrimSpace(name))] = true
-		}
-	}
 	for name, v := range c.r.Header {
 		if !hop[name] {
 			req.Header[name] = v
@@ -140,11 +139,15 @@ func (s *server) forward(c *call, leader string) error {
 	req.Header[markForwarded] = []string{s.node.id}
 	req.Header[markSource] = []string{clientIP(c.r)}
 	req.Header[markDeadline] = []string{strconv.FormatInt(until, 10)}
-	resp, err := s.node.forwards.RoundTrip(req)
+	var connected atomic.Bool // from then on it may be on its way
+	trace := &httptrace.ClientTrace{GotConn: func(httptrace.GotConnInfo) { connected.Store(true) }}
+	resp, err := s.node.forwards.RoundTrip(req.WithContext(httptrace.WithClientTrace(ctx, trace)))
 	if err != nil {
+		// Only what was not written at all is sent a second time, so a call that then fails says
+		// that nothing was sent.
 		var op *net.OpError
-		if errors.As(err, &op) && op.Op == "dial" {
-			return &problem{kind: errUnavailable, detail: "the leader cannot be reached; try again", cause: err}
+		if !connected.Load() || errors.As(err, &op) && op.Op == "dial" {
+			return &problem{kind: errUnavailable, detail: "the leader was not reached in time; try again", cause: err}
 		}
 		return brokenHop(err)
 	}

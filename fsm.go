@@ -122,7 +122,11 @@ func (f *fsm) Apply(l *raft.Log) any { return f.ApplyBatch([]*raft.Log{l})[0] }
 // an entry is a []*result, one for each of its commands; a refusal is a result.
 func (f *fsm) ApplyBatch(logs []*raft.Log) []any {
 	defer f.disk.during("write to " + f.store.path())()
-	out, err := f.store.apply(logs)
+	var out []any
+	err := f.store.guarded(func() (err error) {
+		out, err = f.store.apply(logs)
+		return err
+	})
 	if errors.Is(err, errCorrupt) {
 		err = fmt.Errorf("%w; %s", err, rejoinEmpty)
 	}
@@ -158,7 +162,7 @@ func (s *store) apply(logs []*raft.Log) ([]any, error) {
 			results := make([]*result, len(cs))
 			for j, c := range cs {
 				if c.Until != 0 && l.AppendedAt.UnixNano() > c.Until {
-					results[j] = &result{err: errUnavailable.because("the request waited too long to be proposed; try again")}
+					results[j] = &result{err: errLate}
 				} else if results[j], err = b.run(c); err != nil {
 					return fmt.Errorf("raft entry %d: %w", l.Index, err)
 				}
@@ -319,7 +323,7 @@ func (b *batch) change(c *command) (*result, error) {
 		var cur *current
 		switch {
 		case c.Op == "patch" && there:
-			if cur, err = b.currentNamespace(n); err != nil {
+			if cur, err = namespaceCurrent(b.tx, n); err != nil {
 				return nil, err
 			}
 		case c.Op != "patch" && olds[0].ok:
@@ -456,7 +460,7 @@ func (b *batch) refuse(c *command, n *namespace) (*result, error) {
 	var cur *current
 	if n != nil && !n.deleted {
 		var err error
-		if cur, err = b.currentNamespace(n); err != nil {
+		if cur, err = namespaceCurrent(b.tx, n); err != nil {
 			return nil, err
 		}
 	}
@@ -464,11 +468,6 @@ func (b *batch) refuse(c *command, n *namespace) (*result, error) {
 		return &result{err: err}, nil
 	}
 	return nil, nil
-}
-
-// currentNamespace says who changed a namespace last, by its newest event.
-func (b *batch) currentNamespace(n *namespace) (*current, error) {
-	return namespaceCurrent(b.tx, n)
 }
 
 func (b *batch) namespaceEvent(c *command, n *namespace, now, action string, old, new *string) error {

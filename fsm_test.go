@@ -127,7 +127,7 @@ type machine struct {
 
 func newMachine(t *testing.T, st *store) *machine {
 	halt := func(err error) { t.Fatal(err) }
-	return &machine{&fsm{store: st, log: slog.New(slog.DiscardHandler), disk: newDisk(st.dir, 1, halt), halt: halt}, map[uint64]string{}}
+	return &machine{&fsm{store: st, log: slog.New(slog.DiscardHandler), disk: newDisk(st.dir, 1, slog.New(slog.DiscardHandler), halt), halt: halt}, map[uint64]string{}}
 }
 
 // apply delivers a batch. An entry delivered again must say nothing, and one that a

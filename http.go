@@ -38,13 +38,13 @@ type server struct {
 	log   *slog.Logger
 	mux   *http.ServeMux
 
-	stopping atomic.Int32  // a stage of shutdown: serving, draining or handedOver
+	stopping atomic.Int32  // a stage of shutdown, see goodbye
 	writes   atomic.Int64  // writes that are being answered
 	ending   chan struct{} // closed when waits and streams are to end
 	watches  *watches      // the store's
 }
 
-// The stages of a shutdown, see server.drain.
+// The stages of a shutdown.
 const (
 	serving    = iota
 	draining   // readiness says 503 and so do new writes
@@ -123,8 +123,11 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 // checkPath refuses what no path of ours can be. An empty last segment is left to the mux.
 func checkPath(r *http.Request) error {
-	if r.URL.RawPath == "" && plainPath(r.URL.Path) {
+	if r.URL.RawPath == "" && plainPath(r.URL.Path) && !strings.Contains(r.URL.RawQuery, "#") {
 		return nil
+	}
+	if strings.Contains(r.RequestURI, "#") {
+		return errBadRequest.because("the request target holds a #; write %%23")
 	}
 	escaped := r.URL.EscapedPath()
 	if !strings.HasPrefix(escaped, "/") || !strings.HasPrefix(r.URL.Path, "/") {
@@ -185,8 +188,10 @@ type call struct {
 	rev     uint64 // revision in the answer, for the log
 	reads   bool   // replicated state was read, so the answer says how old it can be
 	form    readForm
-	waiting bool // ?wait: rather than say that nothing changed, return errUnchanged
-	waited  bool // it took its time because it was asked to
+	since   *time.Time // what was acknowledged before is in what the read sees; nil if that is unknown
+	sent    []byte     // the body, once it is read whole
+	waiting bool       // ?wait: rather than say that nothing changed, return errUnchanged
+	waited  bool       // it took its time because it was asked to
 }
 
 // A response remembers the status that went out.
@@ -298,6 +303,11 @@ func (c *call) serve(methods map[string]*route, allow string) (err error) {
 			return err
 		}
 	}
+	if c.r.ContentLength != 0 {
+		if err := c.readBody(); err != nil {
+			return err
+		}
+	}
 	return c.route.serve(c)
 }
 
@@ -316,26 +326,26 @@ func (c *call) readQuery() (err error) {
 	for name, values := range c.q {
 		switch {
 		case !slices.Contains(known, name):
-			return errBadRequest.because("unknown query parameter %q; %s takes: %s", clip(name, 60), c.route.pattern, cmp.Or(c.route.params, "none"))
+			return errBadRequest.quoting("unknown query parameter %q; %s takes: %s", clip(name, 60), c.route.pattern, cmp.Or(c.route.params, "none"))
 		case len(values) > 1:
 			return errBadRequest.because("the query parameter %s is given twice", name)
 		case !utf8.ValidString(values[0]):
 			return errBadRequest.because("the query parameter %s is not UTF-8", name)
+		case slices.Contains(flags, name) && values[0] != "" && values[0] != "true":
+			return errBadRequest.because("%s takes no value; leave it out to turn it off", name)
 		}
+	}
+	switch {
+	case c.q.Has("stale") && c.q.Has("consistent"):
+		return errBadRequest.because("stale and consistent exclude each other")
+	case c.q.Has("type") && !c.q.Has("raw"):
+		return errBadRequest.because("type goes with raw; in a JSON body it is the member type")
 	}
 	return nil
 }
 
-// flag reads a parameter that is there or not.
-func (c *call) flag(name string) (bool, error) {
-	if !c.q.Has(name) {
-		return false, nil
-	}
-	if v := c.q.Get(name); v != "" && v != "true" {
-		return false, errBadRequest.because("%s takes no value; leave it out to turn it off", name)
-	}
-	return true, nil
-}
+// flags are the parameters that are there or not.
+var flags = []string{"raw", "stale", "consistent"}
 
 // number reads a parameter that is a number, 0 or more.
 func (c *call) number(name string, missing uint64) (uint64, error) {
@@ -344,7 +354,7 @@ func (c *call) number(name string, missing uint64) (uint64, error) {
 	}
 	n, err := strconv.ParseUint(c.q.Get(name), 10, 64)
 	if err != nil {
-		return 0, errBadRequest.because("%s must be a whole number, not %q", name, clip(c.q.Get(name), 40))
+		return 0, errBadRequest.quoting("%s must be a whole number, not %q", name, clip(c.q.Get(name), 40))
 	}
 	return n, nil
 }
@@ -376,24 +386,35 @@ func cursorOf(kind byte, at []byte) string {
 	return base64.RawURLEncoding.EncodeToString(append([]byte{kind}, at...))
 }
 
-// accepts reports whether the client asks for media type want before it asks for other.
+// accepts reports whether the client would rather have media type want than other (RFC 9110,
+// section 12.5.1). Of two that it likes alike it gets the one that it names first, and other
+// where it names neither.
 func (c *call) accepts(want, other string) bool {
-	for part := range strings.SplitSeq(strings.Join(c.r.Header["Accept"], ","), ",") {
+	type liking struct {
+		q         float64
+		precision int // of the range that says so: 1 */*, 2 text/*, 3 text/plain
+		place     int
+	}
+	var likes [2]liking
+	for i, part := range strings.Split(strings.Join(c.r.Header["Accept"], ","), ",") {
 		t, params, err := mime.ParseMediaType(part)
 		if err != nil {
 			continue
 		}
-		if q, err := strconv.ParseFloat(cmp.Or(params["q"], "1"), 64); err != nil || q == 0 {
+		q, err := strconv.ParseFloat(cmp.Or(params["q"], "1"), 64)
+		if err != nil {
 			continue
 		}
-		switch t {
-		case want:
-			return true
-		case other, "*/*":
-			return false
+		for j, of := range []string{want, other} {
+			major, _, _ := strings.Cut(of, "/")
+			precision := 1 + slices.Index([]string{"*/*", major + "/*", of}, t)
+			if precision > likes[j].precision {
+				likes[j] = liking{q, precision, i}
+			}
 		}
 	}
-	return false
+	w, o := likes[0], likes[1]
+	return w.q > o.q || w.q == o.q && w.q > 0 && w.place < o.place
 }
 
 // maxBody is how many bytes a body may have.
@@ -402,28 +423,36 @@ const maxBody = 2 << 20
 // bodyTime is how long a client may take to send a body.
 const bodyTime = 30 * time.Second
 
-// body reads the whole body.
-func (c *call) body() ([]byte, error) {
+// unwantedTime is how long a body is waited for that nobody needs: that of a read, and what is left
+// of one that is refused, of which net/http reads some before it answers.
+const unwantedTime = time.Second
+
+// readBody reads the whole body. That of a read means nothing, but it is in the way of noticing that
+// the client goes away.
+func (c *call) readBody() error {
 	if c.r.ContentLength > maxBody {
-		return nil, errTooLarge.because("the body has %d bytes; at most %d are allowed", c.r.ContentLength, maxBody)
+		return errTooLarge.because("the body has %d bytes; at most %d are allowed", c.r.ContentLength, maxBody)
 	}
 	rc := http.NewResponseController(c.w)
-	rc.SetReadDeadline(c.start.Add(bodyTime))
+	most := bodyTime
+	if !c.writes() {
+		most = unwantedTime
+	}
+	rc.SetReadDeadline(c.start.Add(most))
 	b, err := io.ReadAll(http.MaxBytesReader(c.w, c.r.Body, maxBody))
-	rc.SetReadDeadline(time.Time{})
 	var tooLarge *http.MaxBytesError
 	if errors.As(err, &tooLarge) {
-		return nil, errTooLarge.because("the body has more than %d bytes", maxBody)
+		return errTooLarge.because("the body has more than %d bytes", maxBody)
 	}
 	if err != nil {
-		return nil, errBadRequest.because("the body did not arrive whole: %v", err)
+		return errBadRequest.because("the body did not arrive whole within %v: %v", most, err)
 	}
-	for _, v := range c.r.Header["Content-Encoding"] {
-		if !strings.EqualFold(v, "identity") {
-			return nil, errUnsupportedMediaType.because("Content-Encoding is not supported; send the body as it is")
-		}
+	rc.SetReadDeadline(time.Time{})
+	c.sent = b
+	if c.r.Header["Content-Encoding"] != nil {
+		return errUnsupportedMediaType.because("Content-Encoding is not supported; send the body as it is")
 	}
-	return b, nil
+	return nil
 }
 
 // rawBody reports whether the bytes of the body are the value, by their media type. Any
@@ -435,25 +464,22 @@ func (c *call) rawBody() bool {
 
 // object reads a body that must be a JSON object.
 func (c *call) object() ([]member, error) {
-	b, err := c.body()
-	if err != nil {
-		return nil, err
-	}
+	b := c.sent
 	if c.rawBody() {
 		return nil, errUnsupportedMediaType.because("%s takes JSON only; send it as application/json", c.route.pattern)
 	}
 	if err := checkJSON(b); err != nil {
-		return nil, errBadRequest.because("body: %v", err)
+		return nil, errBadRequest.quoting("body: %v", err)
 	}
 	ms, err := objectMembers(b)
 	if err != nil {
-		return nil, errBadRequest.because("body: %v", err)
+		return nil, errBadRequest.quoting("body: %v", err)
 	}
 	return ms, nil
 }
 
 func unknownMember(name, known string) error {
-	return errBadRequest.because("body: unknown member %q; known: %s", clip(name, 60), known)
+	return errBadRequest.quoting("body: unknown member %q; known: %s", clip(name, 60), known)
 }
 
 // buffers holds what answers are put together in.
@@ -584,8 +610,11 @@ func (c *call) finish(err error) {
 	if s := p.kind.status; s == http.StatusServiceUnavailable || s == http.StatusTooManyRequests {
 		h["Retry-After"] = []string{"1"}
 	}
-	if c.writes() && c.r.ContentLength > maxBody {
-		h["Connection"] = []string{"close"} // rather than read what is refused
+	if c.r.ContentLength != 0 && c.sent == nil {
+		http.NewResponseController(c.w).SetReadDeadline(time.Now().Add(unwantedTime))
+		if c.r.ContentLength > maxBody {
+			h["Connection"] = []string{"close"} // rather than read what is refused
+		}
 	}
 	h.Del("ETag")
 	h["Content-Type"] = typeProblem
@@ -649,6 +678,12 @@ func (k *kind) because(format string, args ...any) error {
 	return &problem{kind: k, detail: fmt.Sprintf(format, args...)}
 }
 
+// quoting is because with words of the client's in the text, which may be a secret in the wrong
+// place. They are not logged.
+func (k *kind) quoting(format string, args ...any) error {
+	return &problem{kind: k, detail: fmt.Sprintf(format, args...), quotes: true}
+}
+
 // These are every failure that a client can cause or must expect. What is not here is our
 // own fault: a 500 that tells the client nothing and the log everything.
 var (
@@ -658,7 +693,7 @@ var (
 	errNotFound             = &kind{slug: "not-found", status: 404, title: "Not Found"}
 	errMethodNotAllowed     = &kind{slug: "method-not-allowed", status: 405, title: "Method Not Allowed"}
 	errConflict             = &kind{slug: "conflict", status: 409, title: "Conflict"}
-	errGone                 = &kind{slug: "gone", status: 410, title: "Older Than The Trail Keeps"}
+	errGone                 = &kind{slug: "gone", status: 410, title: "Not In The Trail"}
 	errPrecondition         = &kind{slug: "precondition-failed", status: 412, title: "Precondition Failed"}
 	errTooLarge             = &kind{slug: "too-large", status: 413, title: "Too Large"}
 	errUnsupportedMediaType = &kind{slug: "unsupported-media-type", status: 415, title: "Unsupported Media Type"}
@@ -679,9 +714,13 @@ type problem struct {
 	detail  string
 	cause   error    // for the log only
 	current *current // of a failed precondition
+	quotes  bool     // the detail is not for the log
 }
 
 func (p *problem) Error() string {
+	if p.quotes {
+		return p.kind.slug + ": the answer says why, with words of the request"
+	}
 	if p.cause != nil {
 		return fmt.Sprintf("%s: %s: %v", p.kind.slug, p.detail, p.cause)
 	}

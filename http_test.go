@@ -551,6 +551,108 @@ func TestInternal(t *testing.T) {
 	}
 }
 
+// TestAccepts: a client gets the media type that it likes better, and what is usual where it
+// does not care.
+func TestAccepts(t *testing.T) {
+	t.Parallel()
+	const want, other = "text/event-stream", "application/json"
+	for accept, likes := range map[string]bool{
+		"":                                     false,
+		"*/*":                                  false,
+		want:                                   true,
+		other:                                  false,
+		want + ", " + other:                    true,
+		other + ", " + want:                    false,
+		want + ", */*":                         true,
+		"*/*, " + want:                         false,
+		want + ", */*;q=0.1":                   true,
+		"text/*":                               true,
+		"text/*;q=0.5, */*;q=0.1":              true,
+		"text/html, */*;q=0.8":                 false,
+		want + ";q=0.1, " + other:              false,
+		other + ";q=0.5, " + want + ";q=0.9":   true,
+		want + ";q=0":                          false,
+		"*/*;q=0.3, " + want + ";q=0":          false,
+		other + ";q=0, */*":                    true,
+		"nonsense":                             false,
+		"nonsense, " + want + ";charset=utf-8": true,
+		want + ";q=x":                          false,
+	} {
+		c := &call{r: httptest.NewRequest("GET", "/", nil)}
+		if accept != "" {
+			c.r.Header["Accept"] = strings.SplitAfterN(accept, ", ", 2) // one header or two are the same
+		}
+		if got := c.accepts(want, other); got != likes {
+			t.Errorf("Accept: %s gives a stream: %v, want %v", accept, got, likes)
+		}
+	}
+}
+
+// TestBodyNeverSent: who announces a body and does not send it is answered all the same, soon where
+// the body does not matter, and does not hold up the end of the node.
+func TestBodyNeverSent(t *testing.T) {
+	t.Parallel()
+	c := startCluster(t, 1)
+	n := c.nodes[0]
+	for _, m := range []struct {
+		head   string
+		status int
+	}{
+		{"GET /health HTTP/1.1\r\nContent-Length: 5\r\n", 400},
+		{"PUT " + keyPath("app", "k") + " HTTP/1.1\r\nContent-Length: 5\r\n", 401},
+		{"PUT " + keyPath("app", "k") + "?bogus HTTP/1.1\r\nContent-Length: 5\r\nX-API-Key: " + adminKey + "\r\n", 400},
+		{"POST " + keyPath("app", "k") + " HTTP/1.1\r\nTransfer-Encoding: chunked\r\n", 405},
+		{"PUT /nowhere HTTP/1.1\r\nContent-Length: 200000\r\n", 404},
+		{"PUT /a//b HTTP/1.1\r\nContent-Length: 200000\r\n", 400},
+	} {
+		p := newPending(t, n)
+		start := time.Now()
+		fmt.Fprintf(p.conn, "%sHost: test\r\n\r\n", m.head)
+		p.conn.SetDeadline(time.Now().Add(limit(10 * time.Second)))
+		if a, err := p.answer(); err != nil || a.status != m.status {
+			t.Errorf("%q: %v, %v after %v, want %d", m.head, a, err, time.Since(start), m.status)
+		}
+	}
+	var open []*pending
+	for range 3 {
+		p := newPending(t, n)
+		fmt.Fprintf(p.conn, "GET /health HTTP/1.1\r\nHost: test\r\nContent-Length: 5\r\n\r\n")
+		open = append(open, p)
+	}
+	for _, p := range open {
+		if _, err := p.answer(); err != nil {
+			t.Error(err)
+		}
+	}
+	start := time.Now()
+	n.stop()
+	if took := time.Since(start); took > limit(4*time.Second) {
+		t.Errorf("the node took %v to end", took)
+	}
+	n.start() // for the checks at the end
+	c.ready()
+}
+
+// TestSlowBody: a body that takes longer than bodyTime is not waited for.
+func TestSlowBody(t *testing.T) {
+	if testing.Short() {
+		t.Skip("takes as long as a body may")
+	}
+	t.Parallel()
+	c := startCluster(t, 1)
+	p := newPending(t, c.nodes[0])
+	start := time.Now()
+	fmt.Fprintf(p.conn, "PUT %s HTTP/1.1\r\nHost: test\r\nX-API-Key: %s\r\nContent-Length: 1000\r\n\r\n{", keyPath("app", "k"), adminKey)
+	p.conn.SetDeadline(start.Add(bodyTime + 15*time.Second))
+	a, err := p.answer()
+	if took := time.Since(start); err != nil || a.status != http.StatusBadRequest || took < bodyTime {
+		t.Errorf("%v, %v after %v", a, err, took)
+	}
+	if _, err := p.r.ReadByte(); err != io.EOF {
+		t.Errorf("the connection goes on: %v", err)
+	}
+}
+
 // A deadlined answer notes its write deadlines, and whether there is one while it is written.
 type deadlined struct {
 	*httptest.ResponseRecorder

@@ -6,7 +6,6 @@ import (
 	"encoding/binary"
 	"encoding/json"
 	"fmt"
-	"math"
 	"os"
 	"path/filepath"
 	"slices"
@@ -16,6 +15,7 @@ import (
 	"time"
 
 	"github.com/hashicorp/raft"
+	"go.etcd.io/bbolt"
 )
 
 // A node whose directory was lost looks like a new one, and would vote with an empty log for
@@ -216,7 +216,8 @@ func (n *raftNode) rejoin(ctx context.Context, id string, identity uint64) error
 	}
 	r := n.raft.Load()
 	var change raft.IndexFuture
-	for _, s := range r.GetConfiguration().Configuration().Servers {
+	members := r.GetConfiguration()
+	for _, s := range members.Configuration().Servers {
 		if string(s.ID) != id {
 			continue
 		}
@@ -225,10 +226,10 @@ func (n *raftNode) rejoin(ctx context.Context, id string, identity uint64) error
 			return err
 		}
 		n.log.Warn("a node came back empty: its vote is taken away until it has caught up", "member", id)
-		change = r.DemoteVoter(s.ID, 0, n.cfg.requestTimeout())
+		change = r.DemoteVoter(s.ID, members.Index(), n.cfg.requestTimeout())
 	}
 	if change == nil {
-		change = r.AddNonvoter(raft.ServerID(id), raft.ServerAddress(id), 0, n.cfg.requestTimeout())
+		change = r.AddNonvoter(raft.ServerID(id), raft.ServerAddress(id), members.Index(), n.cfg.requestTimeout())
 	}
 	return change.Error()
 }
@@ -250,24 +251,30 @@ func (n *raftNode) keepVoters() error {
 			continue
 		}
 		for _, s := range r.GetConfiguration().Configuration().Servers {
-			if _, ok := n.members[string(s.ID)]; !ok || s.Suffrage == raft.Voter {
-				continue
-			}
-			ctx, cancel := context.WithTimeout(n.ctx, roundTime)
-			nums, err := n.ask(ctx, string(s.ID), "/applied", 1)
-			cancel()
-			if err != nil || nums[0]+caughtUp < r.AppliedIndex() {
-				continue
-			}
-			n.rejoins.Lock()
-			err = r.AddVoter(s.ID, s.Address, 0, n.cfg.requestTimeout()).Error()
-			n.rejoins.Unlock()
-			if err != nil {
-				n.log.Warn("vote not given", "member", string(s.ID), "error", err)
-			} else {
-				n.log.Info("a node has caught up and votes", "member", string(s.ID))
+			if _, ok := n.members[string(s.ID)]; ok && s.Suffrage != raft.Voter {
+				n.giveVote(s.ID)
 			}
 		}
+	}
+}
+
+// giveVote makes a member a voter if it has caught up. A node that is wiped meanwhile asks to
+// rejoin, and that waits for n.rejoins: so it cannot have its vote by what it was before.
+func (n *raftNode) giveVote(id raft.ServerID) {
+	n.rejoins.Lock()
+	defer n.rejoins.Unlock()
+	r := n.raft.Load()
+	members := r.GetConfiguration()
+	ctx, cancel := context.WithTimeout(n.ctx, roundTime)
+	defer cancel()
+	nums, err := n.ask(ctx, string(id), "/applied", 1)
+	if err != nil || nums[0]+caughtUp < r.AppliedIndex() {
+		return
+	}
+	if err := r.AddVoter(id, raft.ServerAddress(id), members.Index(), n.cfg.requestTimeout()).Error(); err != nil {
+		n.log.Warn("vote not given", "member", string(id), "error", err)
+	} else {
+		n.log.Info("a node has caught up and votes", "member", string(id))
 	}
 }
 
@@ -330,21 +337,19 @@ func hashNumbers(h [32]byte) []uint64 {
 // hashAt is the hash of the newest event of a revision at most rev; false where the store
 // has not come that far or has lost it.
 func (s *store) hashAt(rev uint64) (h [32]byte, ok bool, err error) {
-	tx, err := s.begin()
-	if err != nil {
-		return h, false, err
-	}
-	defer tx.Rollback()
-	if storedRevision(tx) < rev {
-		return h, false, nil
-	}
-	next, err := newestFirst(tx, "", place{rev, math.MaxUint16})
-	if err != nil {
-		return h, false, err
-	}
-	at, ev, err := next()
-	if err != nil || at.rev == 0 {
-		return h, false, err
-	}
-	return hashOf(ev.json), true, nil
+	err = s.view(func(tx *bbolt.Tx) error {
+		if storedRevision(tx) < rev {
+			return nil
+		}
+		next, err := newestFirst(tx, "", endOf(rev))
+		if err != nil {
+			return err
+		}
+		at, ev, err := next()
+		if err == nil && at.rev > 0 {
+			h, ok = hashOf(ev.json), true
+		}
+		return err
+	})
+	return h, ok, err
 }

@@ -5,6 +5,8 @@ import (
 	"encoding/json"
 	"fmt"
 	"math/rand/v2"
+	"net/http"
+	"net/http/httptest"
 	"net/url"
 	"slices"
 	"strings"
@@ -274,6 +276,90 @@ func TestPageEndsAtSize(t *testing.T) {
 		}
 		if all := n.items(t, list, url.Values{"limit": {"1000"}}); len(all) != entries {
 			t.Errorf("%s: %d items in all pages, want %d", list, len(all), entries)
+		}
+	}
+}
+
+// TestCursorOfAnotherList: a cursor shows nothing that its list does not hold, and is refused
+// rather than taken for the end.
+func TestCursorOfAnotherList(t *testing.T) {
+	t.Parallel()
+	w := newWriter(t, t.TempDir())
+	w.apply(set("a", "k", "1"), set("b", "k", "1"), set("a", "k", "2"), set("b", "k", "2"), set("a", "k", "3"))
+	s := newReader(t, w)
+	get := func(path string) *answer {
+		rec := httptest.NewRecorder()
+		r := httptest.NewRequest("GET", path, nil)
+		r.Header.Set("X-API-Key", adminKey)
+		s.ServeHTTP(rec, r)
+		return &answer{rec.Code, rec.Header(), rec.Body.Bytes()}
+	}
+	next := func(path string) string {
+		t.Helper()
+		var page struct{ Pagination struct{ NextCursor string } }
+		if a := get(path); json.Unmarshal(a.body, &page) != nil || page.Pagination.NextCursor == "" {
+			t.Fatalf("GET %s: %v", path, a)
+		}
+		return page.Pagination.NextCursor
+	}
+	ofAll, ofA := next("/api/v1/audit?stale&limit=1"), next("/api/v1/audit/a?stale&limit=1")
+	if a := get("/api/v1/audit/a?stale&cursor=" + ofA); a.status != http.StatusOK {
+		t.Errorf("its own cursor: %v", a)
+	}
+	for _, path := range []string{"/api/v1/audit/a?stale&cursor=" + ofAll, "/api/v1/audit/b?stale&cursor=" + ofA,
+		"/api/v1/namespaces?stale&cursor=" + ofA, "/api/v1/config/a?stale&cursor=" + ofA} {
+		if a := get(path); a.status != http.StatusBadRequest {
+			t.Errorf("GET %s: %v, want 400", path, a)
+		}
+	}
+}
+
+// TestFilterLooksFar: a page of filtered events ends where the list ends or the page is full, and
+// not where a transaction does: what is settled by its correlation id is on the first page.
+func TestFilterLooksFar(t *testing.T) {
+	old := auditScan
+	auditScan = 7
+	defer func() { auditScan = old }()
+	w := newWriter(t, t.TempDir())
+	for i := range 100 {
+		c := set([]string{"a", "b"}[i%2], "k", fmt.Sprint(i))
+		c.ID = fmt.Sprintf("id-%d", i)
+		w.apply(c)
+	}
+	s := newReader(t, w)
+	for _, path := range []string{"/api/v1/audit?stale", "/api/v1/audit/a?stale"} {
+		for _, m := range []struct {
+			query string
+			want  []string
+			more  bool
+		}{
+			{"&correlationId=id-0", []string{"id-0"}, false},
+			{"&correlationId=id-50", []string{"id-50"}, false},
+			{"&correlationId=never", nil, false},
+			{"&key=k&limit=1", []string{"id-99"}, true},
+			{"&since=95&correlationId=id-0", nil, false},
+		} {
+			if path == "/api/v1/audit/a?stale" && m.more {
+				m.want = []string{"id-98"}
+			}
+			rec := httptest.NewRecorder()
+			r := httptest.NewRequest("GET", path+m.query, nil)
+			r.Header.Set("X-API-Key", adminKey)
+			s.ServeHTTP(rec, r)
+			var page struct {
+				Items      []eventDoc
+				Pagination struct{ HasMore bool }
+			}
+			if err := json.Unmarshal(rec.Body.Bytes(), &page); err != nil {
+				t.Fatal(err)
+			}
+			var got []string
+			for _, e := range page.Items {
+				got = append(got, e.CorrelationID)
+			}
+			if fmt.Sprint(got) != fmt.Sprint(m.want) || page.Pagination.HasMore != m.more {
+				t.Errorf("GET %s%s: %q, hasMore %v, want %q, %v", path, m.query, got, page.Pagination.HasMore, m.want, m.more)
+			}
 		}
 	}
 }

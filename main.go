@@ -118,7 +118,9 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 		ReadHeaderTimeout: 5 * time.Second,
 		IdleTimeout:       2 * time.Minute,
 		MaxHeaderBytes:    maxHeader,
-		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+		// OPTIONS * is answered like any other target that is no path.
+		DisableGeneralOptionsHandler: true,
+		ErrorLog:                     slog.NewLogLogger(log.Handler(), slog.LevelWarn),
 	}
 	s.serveNodes()
 	served := make(chan error, 1)
@@ -285,6 +287,15 @@ func configure(args []string) (*config, error) {
 	if flags.NArg() > 0 {
 		return nil, mistaken("unexpected argument %q; -help lists the flags", flags.Arg(0))
 	}
+	var empty string
+	flags.Visit(func(f *flag.Flag) {
+		if f.Value.String() == "" {
+			empty = f.Name
+		}
+	})
+	if empty != "" {
+		return nil, mistaken("-%s is empty; leave it out, or give it a value", empty)
+	}
 	if *format != "text" && *format != "json" {
 		return nil, mistaken("-log %q: must be text or json", *format)
 	}
@@ -321,7 +332,7 @@ func defaults() *config {
 // nodeID is what a node may be called. It names a directory.
 var nodeID = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)
 
-// loadConfig reads a configuration file, checked whole. nodeID, if not empty, replaces
+// loadConfig reads a configuration file, checked whole. id, if not empty, replaces
 // Cluster.NodeId. Errors name file and member, on one line.
 func loadConfig(path, id string) (*config, error) {
 	b, err := os.ReadFile(path)
@@ -417,9 +428,9 @@ func (c *config) check() error {
 	if c.self().Id == "" {
 		return fmt.Errorf("Cluster.NodeId: %q is not one of Cluster.Nodes", cl.NodeId)
 	}
-	if cl.Listen != "" {
-		if host := strings.Trim(cl.Listen, "[]"); strings.Contains(host, "/") || strings.Contains(host, " ") {
-			return fmt.Errorf("Cluster.Listen: %q is not a host", cl.Listen)
+	if cl.Listen != "" && net.ParseIP(cl.Listen) == nil {
+		if err := checkHost(cl.Listen); err != nil {
+			return fmt.Errorf("Cluster.Listen: %w", err)
 		}
 	}
 	for _, t := range []struct {

@@ -17,6 +17,10 @@ type nsMeta struct {
 	CreatedAt   string `json:"createdAt"`
 }
 
+// maxMeta is how many bytes a description and an owner may have together. Each change of the
+// namespace's keys writes them too.
+const maxMeta = 16 << 10
+
 // A namespace is its record in the store. One that is deleted keeps its record,
 // because its trail can still be read.
 type namespace struct {
@@ -223,6 +227,9 @@ func (s *server) putNamespace(c *call) error {
 			return errBadRequest.because("%s: %v", m.name, err)
 		}
 	}
+	if len(meta.Description)+len(meta.Owner) > maxMeta {
+		return errTooLarge.because("description and owner have %d bytes; at most %d are allowed", len(meta.Description)+len(meta.Owner), maxMeta)
+	}
 	res, err := s.propose(c, &command{Op: "describe", NS: c.ns, Meta: &meta, If: cond})
 	if err != nil {
 		return err
@@ -261,6 +268,7 @@ func (s *server) listKeys(c *call) error {
 		return err
 	}
 	plain := c.accepts("text/plain", "application/json")
+	c.w.Header().Add("Vary", "Accept")
 	p := newPage(limit, plain)
 	defer p.free()
 	done := false
@@ -280,7 +288,6 @@ func (s *server) listKeys(c *call) error {
 	if err != nil || done {
 		return err
 	}
-	c.w.Header().Add("Vary", "Accept")
 	if !plain {
 		return p.send(c)
 	}

@@ -251,6 +251,9 @@ func (n *raftNode) answers() http.Handler {
 			return nil, err
 		}
 		h, ok, err := n.store.hashAt(rev)
+		if errors.Is(err, errCorrupt) {
+			go n.halt(fmt.Errorf("%w; %s", err, rejoinEmpty))
+		}
 		if err == nil && !ok {
 			err = errors.New("this node has no event of that revision")
 		}

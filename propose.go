@@ -19,7 +19,7 @@ type proposal struct {
 const (
 	waiting   = iota
 	proposed  // it may be in the log
-	abandoned // whoever made it gave up before it was proposed, so it never will be
+	abandoned // its time was over before it was proposed, so it never will be
 )
 
 // An outcome is what became of a proposal.
@@ -37,6 +37,10 @@ const (
 	sharedBytes    = 1 << 20
 )
 
+// errLate is the outcome of a command whose time was over before it was proposed, or before raft
+// appended it.
+var errLate = errUnavailable.because("the request waited too long to be proposed; try again")
+
 const settleIt = "repeat it conditionally, or settle it by its correlation id in the audit trail"
 
 // propose commits a command and returns what applying it gave. It gives up at the
@@ -50,7 +54,7 @@ func (n *raftNode) propose(cmd *command, deadline time.Time) (*result, error) {
 	select {
 	case n.proposals <- p:
 	case <-timer.C:
-		return nil, errUnavailable.because("the request waited too long to be proposed; try again")
+		return nil, errLate
 	}
 	select {
 	case o := <-p.done:
@@ -60,8 +64,8 @@ func (n *raftNode) propose(cmd *command, deadline time.Time) (*result, error) {
 		return o.res, o.res.err
 	case <-timer.C:
 	}
-	if p.state.CompareAndSwap(waiting, abandoned) {
-		return nil, errUnavailable.because("the request waited too long to be proposed; try again")
+	if p.state.CompareAndSwap(waiting, abandoned) || p.state.Load() == abandoned {
+		return nil, errLate
 	}
 	return nil, errUnknown.because("no majority confirmed the write in time; it may or may not be made: %s", settleIt)
 }
@@ -101,6 +105,12 @@ func (n *raftNode) gather() ([]*proposal, []byte, error) {
 	var batch []*proposal
 	data := make([]byte, 4, 1024)
 	take := func(p *proposal) error {
+		if time.Now().UnixNano() > p.cmd.Until {
+			if p.state.CompareAndSwap(waiting, abandoned) {
+				p.done <- outcome{err: errLate}
+			}
+			return nil
+		}
 		if !p.state.CompareAndSwap(waiting, proposed) {
 			return nil
 		}

@@ -80,7 +80,7 @@ func startNode(cfg *config, dir string, st *store, ln net.Listener, logger *slog
 	for _, m := range cfg.Cluster.Nodes {
 		n.members[m.Id] = peer{raft: hostPort(m.Address, m.RaftPort), api: "http://" + hostPort(m.Address, m.ApiPort)}
 	}
-	n.disk = newDisk(dir, uint64(cfg.Storage.MinFreeMiB)<<20, n.halt)
+	n.disk = newDisk(dir, uint64(cfg.Storage.MinFreeMiB)<<20, logger, n.halt)
 	var err error
 	if n.logs, err = openRaftLog(filepath.Join(dir, "raft.db"), n.disk); err != nil {
 		return nil, err
@@ -135,6 +135,9 @@ func startNode(cfg *config, dir string, st *store, ln net.Listener, logger *slog
 	return n, nil
 }
 
+// maxPool is how many idle connections raft keeps to each node.
+const maxPool = 4
+
 // startRaft starts raft itself; newest is the index of the newest snapshot. servers, if
 // any, are the members that a cluster which is new begins with.
 func (n *raftNode) startRaft(newest uint64, servers []raft.Server, hlog hclog.Logger) error {
@@ -145,7 +148,7 @@ func (n *raftNode) startRaft(newest uint64, servers []raft.Server, hlog hclog.Lo
 		// One request in flight: pipelining can wedge on a rejected append while heartbeats
 		// look healthy (hashicorp/raft issue 612), and measured here it gains nothing.
 		MaxRPCsInFlight: 1,
-		MaxPool:         4,
+		MaxPool:         maxPool,
 		// Long enough for a batch of large values on a slow disk; elections do not wait for it.
 		Timeout: 10 * time.Second,
 	})

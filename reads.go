@@ -228,16 +228,16 @@ func (n *raftNode) knownFresh(t time.Time) {
 	}
 }
 
-// staleness is an upper bound on how old this node's state is; false where nothing can be
-// said. The wall clock counts where it says more than the monotonic one, which stands still
-// while the machine is suspended.
-func (n *raftNode) staleness() (time.Duration, bool) {
-	since := n.freshSince.Load()
+// stalenessMs is an upper bound, in milliseconds, on how old a state is that holds all that was
+// acknowledged before since; -1 where that is nil. The wall clock counts where it says more than
+// the monotonic one, which stands still while the machine is suspended.
+func stalenessMs(since *time.Time) int64 {
 	if since == nil {
-		return 0, false
+		return -1
 	}
 	now := time.Now()
-	return max(now.Sub(*since), now.Round(0).Sub(since.Round(0)), 0), true
+	age := max(now.Sub(*since), now.Round(0).Sub(since.Round(0)), 0)
+	return int64((age + time.Millisecond - 1) / time.Millisecond)
 }
 
 // keepFresh asks the leader, or as the leader the others, often enough that a plain read can
@@ -278,17 +278,6 @@ const (
 // fresh makes sure that what the store holds from now on is as fresh as the read asks for:
 // by ?consistent, ?stale and Confman-Min-Revision.
 func (s *server) fresh(c *call) error {
-	stale, err := c.flag("stale")
-	if err != nil {
-		return err
-	}
-	consistent, err := c.flag("consistent")
-	if err != nil {
-		return err
-	}
-	if stale && consistent {
-		return errBadRequest.because("stale and consistent exclude each other")
-	}
 	if v := c.r.Header["Confman-Min-Revision"]; v != nil {
 		rev, err := strconv.ParseUint(v[0], 10, 64)
 		if err != nil || len(v) > 1 {
@@ -303,7 +292,7 @@ func (s *server) fresh(c *call) error {
 		}
 	}
 	switch {
-	case consistent:
+	case c.q.Has("consistent"):
 		c.form = consistentRead
 		ctx, cancel := context.WithTimeout(c.r.Context(), s.cfg.requestTimeout())
 		defer cancel()
@@ -316,10 +305,11 @@ func (s *server) fresh(c *call) error {
 		if !s.store.waitFor(ctx, rev) {
 			return errBehind.because("this node has not applied the leader's revision %d in time; it is at %d", rev, s.store.at().rev)
 		}
-	case stale:
+	case c.q.Has("stale"):
 		c.form = staleRead
 	}
-	c.reads = true
+	// Taken before the transaction begins: what is learned later is not of what it sees.
+	c.reads, c.since = true, s.node.freshSince.Load()
 	if err := c.showStaleness(); err != nil {
 		return err
 	}
@@ -337,7 +327,7 @@ func (c *call) showStaleness() error {
 		c.w.Header()["Confman-Staleness-Ms"] = zeroMs
 		return nil
 	}
-	ms := stalenessMs(c.s.node.staleness())
+	ms := stalenessMs(c.since)
 	c.w.Header()["Confman-Staleness-Ms"] = []string{strconv.FormatInt(ms, 10)}
 	most := int64(c.s.cfg.Cluster.MaxStaleness)
 	if c.form == plainRead && (ms < 0 || ms > most) {
@@ -347,14 +337,6 @@ func (c *call) showStaleness() error {
 }
 
 var zeroMs = []string{"0"}
-
-// stalenessMs rounds up, so that it stays a bound; -1 where none is known.
-func stalenessMs(age time.Duration, known bool) int64 {
-	if !known {
-		return -1
-	}
-	return int64((age + time.Millisecond - 1) / time.Millisecond)
-}
 
 // settles reports whether the read is of the trail, where unknown outcomes are settled.
 func (c *call) settles() bool {

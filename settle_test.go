@@ -5,6 +5,7 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -270,5 +271,39 @@ func TestGivenUp(t *testing.T) {
 	}
 	if want := uint64(2 + len(found)); last.Version != want {
 		t.Errorf("version %d at the end, want %d", last.Version, want)
+	}
+}
+
+// TestNeverSent: a forwarded write whose time is over before it goes out was not applied, and the
+// answer says so; the same of a proposal that waits too long for its turn.
+func TestNeverSent(t *testing.T) {
+	t.Parallel()
+	const timeout = 500 * time.Millisecond
+	c := startCluster(t, 3, steady, with("Cluster", "RequestTimeout", timeout.Milliseconds()), with("Cluster", "Forward", true))
+	f := c.followers()[0]
+	c.leader().put(t, "app", "there", "v")
+	c.converge()
+	p := newPending(t, f)
+	body := `{"value":"too late"}`
+	fmt.Fprintf(p.conn, "PUT %s HTTP/1.1\r\nHost: test\r\nX-API-Key: %s\r\nContent-Length: %d\r\n\r\n", keyPath("app", "k"), adminKey, len(body))
+	time.Sleep(timeout + 100*time.Millisecond) // the time is what this is about
+	io.WriteString(p.conn, body)
+	a, err := p.answer()
+	if err != nil || a.status != http.StatusServiceUnavailable || a.slug() != "unavailable" || !strings.Contains(string(a.body), `"outcome":"not-applied"`) {
+		t.Errorf("a write that was not sent on in time: %v, %v, want 503 unavailable, not-applied", a, err)
+	}
+
+	n := &raftNode{proposals: make(chan *proposal, 2)}
+	late := &proposal{cmd: &command{Until: time.Now().UnixNano() - 1}, done: make(chan outcome, 1)}
+	good := &proposal{cmd: &command{Until: time.Now().Add(time.Minute).UnixNano()}, done: make(chan outcome, 1)}
+	n.ctx = t.Context()
+	n.proposals <- late
+	n.proposals <- good
+	batch, _, err := n.gather()
+	if err != nil || len(batch) != 1 || batch[0] != good {
+		t.Errorf("gathered %v, %v, want the one in time", batch, err)
+	}
+	if o := <-late.done; !errors.Is(o.err, errUnavailable) || late.state.Load() != abandoned {
+		t.Errorf("a late proposal: %v, state %d", o.err, late.state.Load())
 	}
 }

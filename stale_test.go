@@ -419,8 +419,11 @@ func TestOldAnswers(t *testing.T) {
 			}
 			want := m.want
 			if late {
+				// What the node has learned meanwhile does not make younger what was read before.
 				then := now.Add(-time.Duration(s.cfg.Cluster.MaxStaleness+1) * time.Millisecond)
-				s.node.freshSince.Store(&then)
+				c.since = &then
+				now := time.Now()
+				s.node.freshSince.Store(&now)
 				if want != http.StatusInternalServerError {
 					want = http.StatusServiceUnavailable
 				}

@@ -29,10 +29,9 @@ type readiness struct {
 // is known.
 func (s *server) ready(c *call) error {
 	pos := s.store.at()
-	age, known := s.node.staleness()
 	r := readiness{
 		Status: "ready", Node: s.node.id, Role: s.node.role(), Term: s.node.term(),
-		Revision: pos.rev, Hash: hex.EncodeToString(pos.hash[:]), StalenessMs: stalenessMs(age, known),
+		Revision: pos.rev, Hash: hex.EncodeToString(pos.hash[:]), StalenessMs: stalenessMs(s.node.freshSince.Load()),
 	}
 	r.LeaderID, r.Leader = s.node.leader()
 	switch {
@@ -45,7 +44,7 @@ func (s *server) ready(c *call) error {
 		}
 	case r.LeaderID == "":
 		r.Reason = "no leader is known"
-	case !known:
+	case r.StalenessMs < 0:
 		r.Reason = "how far behind this node is, is not known yet"
 	case r.StalenessMs > int64(s.cfg.Cluster.MaxStaleness):
 		r.Reason = "too far behind the leader"

@@ -317,20 +317,24 @@ func (s *store) begin() (*bbolt.Tx, error) {
 	return s.db.Begin(false)
 }
 
-// view runs f in a read transaction. bbolt panics on a page that cannot be one; that is
-// errCorrupt too.
+// view runs f in a read transaction.
 func (s *store) view(f func(tx *bbolt.Tx) error) (err error) {
 	tx, err := s.begin()
 	if err != nil {
 		return err
 	}
 	defer tx.Rollback()
+	return s.guarded(func() error { return f(tx) })
+}
+
+// guarded runs f. bbolt panics on a page that cannot be one; that is errCorrupt too.
+func (s *store) guarded(f func() error) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			err = fmt.Errorf("%s: %v: %w", s.path(), p, errCorrupt)
 		}
 	}()
-	return f(tx)
+	return f()
 }
 
 // replace makes the state file the one that r holds, as written by a snapshot.

@@ -472,3 +472,42 @@ func TestStreamOverSnapshot(t *testing.T) {
 		t.Errorf("behind 30-0 (-trail +stream):\n%s", diff)
 	}
 }
+
+// TestWaitDoesNotGoBack: a client that has seen a change at one node and goes on waiting at another
+// that has not is not shown what was before.
+func TestWaitDoesNotGoBack(t *testing.T) {
+	t.Parallel()
+	c, roads := newLinked(t, 3, "", nil, calm)
+	c.start()
+	leader, f := c.leader(), c.followers()[0]
+	leader.put(t, "app", "k", "old")
+	c.converge()
+	for _, path := range []string{keyPath("app", "k"), "/api/v1/config/app", "/api/v1/namespaces/app"} {
+		// The follower can ask the leader, but gets no entries.
+		roads.of(leader, f).hold(calls, true)
+		newer := leader.put(t, "app", "k", "new "+path).Revision
+		p := newPending(t, f)
+		if err := p.send("GET", path+"?wait=15s&stale", "", "If-None-Match", fmt.Sprintf(`"%d"`, newer)); err != nil {
+			t.Fatal(err)
+		}
+		held(t, p, 100*time.Millisecond)
+		roads.of(leader, f).hold(calls, false)
+		until(t, 15*time.Second, func() error {
+			if rev, err := revision(f); err != nil || rev < newer {
+				return fmt.Errorf("revision %d of %d, %v", rev, newer, err)
+			}
+			return nil
+		})
+		last := leader.put(t, "app", "k", "newer "+path).Revision
+		if a, err := p.answer(); err != nil || a.status != http.StatusOK || a.header.Get("ETag") != fmt.Sprintf(`"%d"`, last) {
+			t.Errorf("GET %s, from one who knew revision %d: %v, ETag %s, %v, want that of %d", path, newer, a, a.header.Get("ETag"), err, last)
+		}
+		c.converge()
+		// A tag that no node has made is no reason to wait.
+		for _, n := range c.nodes {
+			if a := n.ask(t, "GET", path+"?wait=5m", "", "If-None-Match", fmt.Sprintf(`"%d"`, last+1000)); a.status != http.StatusOK {
+				t.Errorf("GET %s at %s, with a tag beyond: %v", path, n.id, a)
+			}
+		}
+	}
+}

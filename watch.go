@@ -6,6 +6,7 @@ import (
 	"errors"
 	"math"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -102,7 +103,7 @@ func (s *server) waits(subject func(*call) string, read func(*call) error) func(
 		}
 		d, err := time.ParseDuration(c.q.Get("wait"))
 		if err != nil || d <= 0 || d > maxWait {
-			return errBadRequest.because("wait must be a time such as 30s, at most 5m, not %q", clip(c.q.Get("wait"), 40))
+			return errBadRequest.quoting("wait must be a time such as 30s, at most 5m, not %q", clip(c.q.Get("wait"), 40))
 		}
 		if c.q.Has("version") {
 			return errBadRequest.because("wait and version exclude each other: an earlier version never changes")
@@ -112,6 +113,9 @@ func (s *server) waits(subject func(*call) string, read func(*call) error) func(
 		defer s.watches.remove(sub, bell)
 		timer := time.NewTimer(d)
 		defer timer.Stop()
+		if err := s.notBehind(c, d); err != nil {
+			return err
+		}
 		c.waiting = true
 		for {
 			if err := read(c); err != errUnchanged {
@@ -130,6 +134,30 @@ func (s *server) waits(subject func(*call) string, read func(*call) error) func(
 			}
 		}
 	}
+}
+
+// notBehind lets this node catch up, for at most d, with a client that has seen a newer state at
+// another: what a wait tells of does not go back. A tag beyond the leader's revision is none that
+// this store has made.
+func (s *server) notBehind(c *call, d time.Duration) error {
+	cond, err := conditionOf(c.r)
+	if err != nil || len(cond.none) == 0 {
+		return err
+	}
+	newest := slices.Max(cond.none)
+	if s.store.at().rev >= newest {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(c.r.Context(), min(d, s.cfg.requestTimeout()))
+	defer cancel()
+	rev, err := s.node.leaderRevision(ctx, false)
+	if err != nil {
+		return err
+	}
+	if newest <= rev && !s.store.waitFor(ctx, newest) {
+		return errBehind.because("this node has not applied revision %d in time; it is at %d", newest, s.store.at().rev)
+	}
+	return nil
 }
 
 func entrySubject(c *call) string     { return string(entryKey(c.ns, c.key)) }
@@ -249,11 +277,13 @@ func (s *server) stream(c *call, ns string) error {
 			buf := getBuffer()
 			pos, more, err = s.collect(ns, pos, filter, buf)
 			if err == nil && len(*buf) > 0 {
-				err = send(*buf)
+				if werr := send(*buf); werr != nil {
+					err = errClosed.because("%v", werr)
+				}
 			}
 			putBuffer(buf)
 			if err != nil {
-				return errClosed.because("%v", err)
+				return err
 			}
 			if more && c.r.Context().Err() != nil {
 				return nil
@@ -280,7 +310,7 @@ func (c *call) streamStart() (p place, given bool, err error) {
 		r, err1 := strconv.ParseUint(rev, 10, 64)
 		i, err2 := strconv.ParseUint(n, 10, 16)
 		if !ok || err1 != nil || err2 != nil {
-			return p, false, errBadRequest.because("Last-Event-ID %q is not the id of an event, such as 42-0", clip(v[0], 40))
+			return p, false, errBadRequest.quoting("Last-Event-ID %q is not the id of an event, such as 42-0", clip(v[0], 40))
 		}
 		return place{r, uint16(i)}, true, nil
 	}
