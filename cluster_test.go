@@ -961,6 +961,7 @@ func TestMistakes(t *testing.T) {
 		{"no id", `"Id": "node2", `, ``, "Id", nil},
 		{"duplicate port", `"10.0.1.11"`, `"10.0.1.10"`, "Port", nil},
 		{"one port for both", `"ApiPort": 5000`, `"ApiPort": 5001`, "Port", nil},
+		{"an address with a port", `"Forward": false`, `"Forward": false, "Listen": "0.0.0.0:5000"`, "Listen", nil},
 		{"no port", `"RaftPort": 5001}`, `"RaftPort": 0}`, "RaftPort", nil},
 		{"impossible port", `"ApiPort": 5000`, `"ApiPort": 70000`, "ApiPort", nil},
 		{"upper not twice lower", `"UpperElectionTimeout": 600`, `"UpperElectionTimeout": 500`, "UpperElectionTimeout", nil},
@@ -993,6 +994,13 @@ func TestMistakes(t *testing.T) {
 				t.Errorf("standard error shows a key: %q", stderr)
 			}
 		})
+	}
+	for _, args := range [][]string{{"-data", ""}, {"-node", ""}, {"-config="}} {
+		code, _, stderr := runNode(t, t.TempDir(), args...)
+		if code != 2 {
+			t.Errorf("%q: exit status %d", args, code)
+		}
+		wantOneLine(t, stderr, args[0][:5])
 	}
 	code, _, stderr := runNode(t, t.TempDir(), "-config", "missing.json")
 	if code != 2 && code != 1 {

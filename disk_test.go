@@ -123,6 +123,7 @@ func TestDiskFull(t *testing.T) {
 		vols[fmt.Sprintf("node%d", i+1)] = newVolume(t, 512)
 	}
 	c := newCluster(t, 3, with("Storage", "MinFreeMiB", floor>>20))
+	c.expects = []string{"disk is nearly full"}
 	for _, n := range c.nodes {
 		vols[n.id].hold(n)
 	}

@@ -192,7 +192,8 @@ type cluster struct {
 	config string // path of the file
 	nodes  []*node
 
-	finished bool // finish has run
+	finished bool     // finish has run
+	expects  []string // what lines at level Error may hold
 }
 
 // newCluster makes directories, addresses and the configuration file, and
@@ -382,6 +383,13 @@ func (c *cluster) dispose() {
 		for _, bad := range []string{"panic:", "fatal error:", "DATA RACE", adminKey, readerKey} {
 			if strings.Contains(text, bad) {
 				c.tb.Errorf("the log of %s holds %q", n.id, bad)
+			}
+		}
+		for line := range strings.Lines(text) {
+			// What raft calls an error is often another node's end.
+			if strings.Contains(line, "level=ERROR") && !strings.Contains(line, `msg="raft: `) &&
+				!slices.ContainsFunc(c.expects, func(s string) bool { return strings.Contains(line, s) }) {
+				c.tb.Errorf("%s logs an error: %s", n.id, line)
 			}
 		}
 		if err := checkModes(n.data); err != nil {
