@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/hex"
@@ -9,7 +10,9 @@ import (
 	"fmt"
 	"math"
 	"net/http"
+	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"go.etcd.io/bbolt"
@@ -493,4 +496,80 @@ func size(s *string) int {
 		return 0
 	}
 	return len(*s)
+}
+
+// compareEvery is how often a node compares its trail with the others'.
+const compareEvery = 5 * time.Second
+
+// compareHashes compares the hash of the newest event with the other nodes' for the same
+// revision. Replicas of one log cannot differ, so a node that does, from a majority, stops; and
+// one that no majority agrees with stops too.
+func (n *raftNode) compareHashes() error {
+	for {
+		select {
+		case <-n.ctx.Done():
+			return nil
+		case <-time.After(compareEvery):
+		}
+		pos := n.store.at()
+		if pos.rev == 0 {
+			continue
+		}
+		mine := hashNumbers(pos.hash)
+		same, differ := 1, []string{}
+		for id := range n.members {
+			if id == n.id {
+				continue
+			}
+			ctx, cancel := context.WithTimeout(n.ctx, roundTime)
+			theirs, err := n.ask(ctx, id, "/hash?revision="+strconv.FormatUint(pos.rev, 10), 4)
+			cancel()
+			switch {
+			case err != nil: // away, or behind
+			case slices.Equal(theirs, mine):
+				same++
+			default:
+				differ = append(differ, id)
+			}
+		}
+		if len(differ) == 0 {
+			continue
+		}
+		slices.Sort(differ)
+		if same > len(n.members)/2 {
+			n.log.Error("another node's trail differs from the majority's", "revision", pos.rev, "nodes", strings.Join(differ, " "))
+			continue
+		}
+		n.halt(fmt.Errorf("the audit trail of this node differs from that of %s at revision %d, and no majority has this node's: "+
+			"move the data directory away and start again, and the node rejoins empty", strings.Join(differ, " and "), pos.rev))
+	}
+}
+
+// hashNumbers is a hash as nodes send it.
+func hashNumbers(h [32]byte) []uint64 {
+	nums := make([]uint64, 4)
+	for i := range nums {
+		nums[i] = binary.BigEndian.Uint64(h[i*8:])
+	}
+	return nums
+}
+
+// hashAt is the hash of the newest event of a revision at most rev; false where the store
+// has not come that far or has lost it.
+func (s *store) hashAt(rev uint64) (h [32]byte, ok bool, err error) {
+	err = s.view(func(tx *bbolt.Tx) error {
+		if storedRevision(tx) < rev {
+			return nil
+		}
+		next, err := newestFirst(tx, "", endOf(rev))
+		if err != nil {
+			return err
+		}
+		at, ev, err := next()
+		if err == nil && at.rev > 0 {
+			h, ok = hashOf(ev.json), true
+		}
+		return err
+	})
+	return h, ok, err
 }

@@ -4,18 +4,23 @@ package main
 // manual, and what the manual has is in the program.
 
 import (
+	"encoding/json"
 	"fmt"
 	"go/ast"
 	"go/parser"
 	"go/token"
+	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"reflect"
 	"regexp"
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 )
@@ -226,5 +231,148 @@ func TestManualConfiguration(t *testing.T) {
 		if !slices.Contains(names, name) {
 			t.Errorf("the chapter CONFIGURATION has no row for %s", name)
 		}
+	}
+}
+
+// needs skips a test that runs the manual's commands where one of them is not installed.
+func needs(t *testing.T, programs ...string) {
+	t.Helper()
+	for _, p := range programs {
+		if _, err := exec.LookPath(p); err != nil {
+			t.Skipf("needs %s: %v", p, err)
+		}
+	}
+}
+
+// excerpt returns what stands in the manual from one text to the next other, without them.
+func excerpt(t *testing.T, from, to string) string {
+	t.Helper()
+	b, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, ok := strings.Cut(string(b), from)
+	text, _, ok2 := strings.Cut(rest, to)
+	if !ok || !ok2 {
+		t.Fatalf("README.md has nothing between %q and %q", from, to)
+	}
+	return text
+}
+
+// TestManualFollow runs the manual's shell loop, kills it and the leader, and expects every event of
+// the namespace, in order; one again at most for each time that it was killed.
+func TestManualFollow(t *testing.T) {
+	needs(t, "sh", "curl", "cat", "mv", "sleep")
+	t.Parallel()
+	const kills, changes = 6, 60
+	c := startCluster(t, 3)
+	c.nodes[0].put(t, "news", "k", "first")
+	loop := "follow() {" + excerpt(t, "\nfollow() {", "\n}\n") + "\n}\nfollow news\n"
+	const ports = "5010 5020 5030"
+	if !strings.Contains(loop, ports) {
+		t.Fatalf("the loop does not name the ports %s:\n%s", ports, loop)
+	}
+	var own []string
+	for _, n := range c.nodes {
+		own = append(own, n.api[strings.LastIndex(n.api, ":")+1:])
+	}
+	loop = strings.Replace(loop, ports, strings.Join(own, " "), 1)
+	dir := t.TempDir()
+	printed := filepath.Join(dir, "printed")
+	var follower *exec.Cmd
+	start := func() {
+		t.Helper()
+		out, err := os.OpenFile(printed, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer out.Close()
+		follower = exec.Command("sh", "-c", loop)
+		follower.Dir, follower.Stdout, follower.Stderr = dir, out, io.Discard
+		follower.Env = append(os.Environ(), "READER=X-API-Key: "+readerKey)
+		follower.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+		if err := follower.Start(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	kill := func() {
+		syscall.Kill(-follower.Process.Pid, syscall.SIGKILL)
+		follower.Wait()
+	}
+	events := func() (ids []string) {
+		b, err := os.ReadFile(printed)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for line := range strings.Lines(string(b)) {
+			var e eventDoc
+			if err := json.Unmarshal([]byte(line), &e); err != nil || !strings.HasSuffix(line, "\n") {
+				continue // it was killed in the middle of a line, or is still writing
+			}
+			ids = append(ids, e.ID)
+		}
+		return ids
+	}
+	start()
+	defer func() { kill() }()
+	for round := range kills {
+		for i := range changes {
+			c.nodes[i%3].put(t, "news", "k", fmt.Sprint(round, i))
+		}
+		seen := len(events())
+		until(t, limit(20*time.Second), func() error {
+			if got := len(events()); got <= seen {
+				return fmt.Errorf("round %d: it has printed %d events still", round, got)
+			}
+			return nil
+		})
+		if round == kills/2 {
+			old := c.leader()
+			old.kill()
+			c.leader()
+			old.start()
+			c.ready()
+		} else {
+			kill()
+			start()
+		}
+	}
+	var want []string
+	for _, e := range c.leader().trail(t, "news") {
+		want = append(want, e.ID)
+	}
+	until(t, limit(30*time.Second), func() error {
+		if got := events(); !slices.Contains(got, want[len(want)-1]) {
+			return fmt.Errorf("%d events are printed, of %d", len(got), len(want))
+		}
+		return nil
+	})
+	got := events()
+	missing, twice, wrongOrder := countIDs(want, got)
+	t.Logf("%d events, %d printed twice", len(want), twice)
+	if missing > 0 || twice > kills || wrongOrder > 0 {
+		t.Errorf("%d missing, %d twice in %d kills, %d out of order", missing, twice, kills, wrongOrder)
+	}
+}
+
+// TestManualVerify runs the manual's program that computes a trail's hashes anew.
+func TestManualVerify(t *testing.T) {
+	needs(t, "python3")
+	t.Parallel()
+	c := startCluster(t, 1)
+	n := c.nodes[0]
+	for _, v := range []string{"plain", "\x01 \x7f \u2028 \\ \" ü 😀 </b>", "\t\n\r\b\f"} {
+		n.put(t, "app", "k/ü", v)
+	}
+	n.delete(t, "app", "k/ü")
+	n.write(t, "PUT", "/api/v1/namespaces/app", `{"description":"d"}`)
+	_, st, err := n.status()
+	if err != nil {
+		t.Fatal(err)
+	}
+	program := excerpt(t, "cat >/tmp/verify.py <<'END'\n", "\nEND\n")
+	out, err := exec.Command("python3", "-c", program, n.url+"/api/v1", adminKey).CombinedOutput()
+	if want := fmt.Sprintf("5 events, revision %d hash %s\n", st.Revision, st.Hash); err != nil || string(out) != want {
+		t.Errorf("%q, %v, want %q", out, err, want)
 	}
 }

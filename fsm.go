@@ -9,7 +9,6 @@ import (
 	"hash/crc32"
 	"io"
 	"log/slog"
-	"os"
 	"slices"
 	"strconv"
 	"time"
@@ -528,13 +527,3 @@ func (s *snapshot) Persist(sink raft.SnapshotSink) error {
 
 // Release implements raft.FSMSnapshot.
 func (s *snapshot) Release() { s.tx.Rollback() }
-
-// removeTemporary removes what a process that was killed in the middle left behind.
-func removeTemporary(dir string) error {
-	for _, name := range []string{"state.db.restore", "state.mark.tmp"} {
-		if err := os.Remove(dir + "/" + name); err != nil && !os.IsNotExist(err) {
-			return err
-		}
-	}
-	return nil
-}

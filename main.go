@@ -5,6 +5,11 @@
 //
 // Without -config it is a cluster of one node on 127.0.0.1, with data in ./data and an
 // admin key that it makes and prints. README.md is the manual.
+//
+// Begin reading at run, below, and at routes in http.go; each of the other files is about one
+// thing. Handlers read the state in a transaction of their own, since a read is a lookup and a
+// copy, so the files about what is stored import bbolt. hashicorp/raft is known to the files about
+// the cluster: raft.go, propose.go, reads.go, join.go, peers.go, disk.go and fsm.go.
 package main
 
 import (
@@ -239,6 +244,11 @@ func (c *config) self() nodeConfig {
 		}
 	}
 	return nodeConfig{}
+}
+
+// requestTimeout is how long a request may take.
+func (c *config) requestTimeout() time.Duration {
+	return time.Duration(c.Cluster.RequestTimeout) * time.Millisecond
 }
 
 // hostPort joins the two; an IPv6 address gets its brackets.

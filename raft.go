@@ -224,7 +224,7 @@ func (n *raftNode) watchLeadership() error {
 			return nil
 		case leads := <-r.LeaderCh():
 			n.led.Store(0)
-			n.store.changed.ring() // readiness may depend on it
+			n.store.changed.ring() // who asks a leader that is no more looks again, see leaderRevision
 			if !leads {
 				continue
 			}
@@ -313,26 +313,6 @@ func (s *server) propose(c *call, cmd *command) (*result, error) {
 // grows reports whether a command adds anything but the events of what it removes.
 func grows(cmd *command) bool {
 	return cmd.Op != "drop" && (cmd.Op == "describe" || slices.ContainsFunc(cmd.Changes, func(c change) bool { return c.Value != nil }))
-}
-
-// requestTimeout is how long a request may take.
-func (c *config) requestTimeout() time.Duration {
-	return time.Duration(c.Cluster.RequestTimeout) * time.Millisecond
-}
-
-// waitFor waits until the store has applied revision rev; false if ctx ends before.
-func (s *store) waitFor(ctx context.Context, rev uint64) bool {
-	for {
-		bell := s.changed.wait()
-		if s.at().rev >= rev {
-			return true
-		}
-		select {
-		case <-bell:
-		case <-ctx.Done():
-			return false
-		}
-	}
 }
 
 // handOver gives leadership away, if this node has it and another can take it.

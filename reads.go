@@ -205,6 +205,21 @@ func (n *raftNode) leaderRevision(ctx context.Context, barrier bool) (uint64, er
 	}
 }
 
+// waitFor waits until the store has applied revision rev; false if ctx ends before.
+func (s *store) waitFor(ctx context.Context, rev uint64) bool {
+	for {
+		bell := s.changed.wait()
+		if s.at().rev >= rev {
+			return true
+		}
+		select {
+		case <-bell:
+		case <-ctx.Done():
+			return false
+		}
+	}
+}
+
 // A clockReading relates the leader's clock to this node's.
 type clockReading struct {
 	leader string

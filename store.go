@@ -146,6 +146,16 @@ func openStore(dir string) (s *store, how string, err error) {
 	return s, how, nil
 }
 
+// removeTemporary removes what a process that was killed in the middle left behind.
+func removeTemporary(dir string) error {
+	for _, name := range []string{"state.db.restore", "state.mark.tmp"} {
+		if err := os.Remove(dir + "/" + name); err != nil && !os.IsNotExist(err) {
+			return err
+		}
+	}
+	return nil
+}
+
 // mountMark names this boot of the machine and this mount of dir's file system.
 // Where the kernel cannot say it is different every time, so that nothing is kept.
 func mountMark(dir string) (string, error) {
