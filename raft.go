@@ -164,8 +164,10 @@ func (n *raftNode) startRaft(newest uint64, servers []raft.Server, hlog hclog.Lo
 	conf.LeaderLeaseTimeout = conf.HeartbeatTimeout
 	// Followers learn of a commit with the next append, at latest after twice this: 10 ms.
 	conf.CommitTimeout = 5 * time.Millisecond
-	// Writers that wait together share an append and its fsync, and a transaction of Apply.
-	conf.MaxAppendEntries = 128
+	// An append carries as many entries at once to a follower that is behind, and Apply takes as many
+	// in a transaction. Writers that wait together share an entry already (see propose.go), which
+	// may have a megabyte: so many of those pass a slow network within the transport's timeout.
+	conf.MaxAppendEntries = 32
 	// takeSnapshots decides when, by bytes and count, and how much log stays; not raft.
 	conf.SnapshotInterval = time.Hour
 	conf.SnapshotThreshold = 1 << 62
@@ -175,8 +177,8 @@ func (n *raftNode) startRaft(newest uint64, servers []raft.Server, hlog hclog.Lo
 	conf.ShutdownOnRemove = false // a removed node says so and stays up, not ready
 	conf.NoLegacyTelemetry = true
 
-	// Replication reads what was just appended from memory.
-	cache, err := raft.NewLogCache(512, n.logs)
+	// Replication reads what was just appended from memory: a few appends, of up to a megabyte an entry.
+	cache, err := raft.NewLogCache(64, n.logs)
 	if err != nil {
 		return err
 	}
