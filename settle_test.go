@@ -4,14 +4,18 @@ package main
 // later, and the trail says so.
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"net"
 	"net/http"
+	"net/http/httptest"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -271,6 +275,77 @@ func TestGivenUp(t *testing.T) {
 	}
 	if want := uint64(2 + len(found)); last.Version != want {
 		t.Errorf("version %d at the end, want %d", last.Version, want)
+	}
+}
+
+// TestDeadlineHeader: who sends Confman-Deadline can shorten the time of his request, and never
+// has more of it than RequestTimeout.
+func TestDeadlineHeader(t *testing.T) {
+	t.Parallel()
+	s := newReader(t, newWriter(t, t.TempDir()))
+	timeout := s.cfg.requestTimeout()
+	at := func(in time.Duration) string { return strconv.FormatInt(time.Now().Add(in).UnixNano(), 10) }
+	for _, m := range []struct {
+		name                string
+		forwarded, deadline string // headers; none if empty
+		believed            bool
+	}{
+		{"no header", "", "", false},
+		{"passed on, no deadline", "node2", "", false},
+		{"an earlier one", "node2", at(timeout / 2), true},
+		{"one that is over", "node2", at(-time.Hour), true},
+		{"a later one", "node2", at(time.Hour), false},
+		{"no number", "node2", "soon", false},
+		{"not passed on", "", at(timeout / 2), false},
+	} {
+		r := httptest.NewRequest("PUT", keyPath("app", "k"), nil)
+		for name, v := range map[string]string{"Confman-Forwarded": m.forwarded, "Confman-Deadline": m.deadline} {
+			if v != "" {
+				r.Header.Set(name, v)
+			}
+		}
+		c := s.newCall(httptest.NewRecorder(), r)
+		want := c.start.Add(timeout).UnixNano()
+		if m.believed {
+			want, _ = strconv.ParseInt(m.deadline, 10, 64) // made by at
+		}
+		if got := c.deadline().UnixNano(); got != want {
+			t.Errorf("%s: the deadline is %v off", m.name, time.Duration(got-want))
+		}
+	}
+}
+
+// TestLeaderDeadline: a write that is passed on says by the leader's clock when its sender gives
+// it up, however far apart the clocks of the two are.
+func TestLeaderDeadline(t *testing.T) {
+	t.Parallel()
+	s := newReader(t, newWriter(t, t.TempDir()))
+	passed := make(chan string, 1)
+	leader := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		passed <- r.Header.Get("Confman-Deadline")
+		w.WriteHeader(http.StatusConflict) // of a success this node would wait for the revision
+	}))
+	defer leader.Close()
+	s.node.forwards = &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "tcp", leader.Listener.Addr().String())
+	}}
+	for _, ahead := range []time.Duration{time.Hour, -time.Hour} {
+		here := time.Now()
+		there := here.Add(ahead)
+		s.node.leaderClock.Store(&clockReading{"node2", there.UnixNano(), here})
+		c := s.newCall(httptest.NewRecorder(), httptest.NewRequest("PUT", keyPath("app", "k"), strings.NewReader(`{"value":"v"}`)))
+		if err := s.forward(c, "node2"); err != nil {
+			t.Fatal(err)
+		}
+		want := there.Add(c.start.Sub(here) + s.cfg.requestTimeout()).UnixNano()
+		text := <-passed
+		if got, err := strconv.ParseInt(text, 10, 64); err != nil || got != want {
+			t.Errorf("of a leader whose clock is %v ahead: the deadline %q is %v off", ahead, text, time.Duration(got-want))
+		}
+	}
+	// What another node's clock shows says nothing of this leader's.
+	if nanos, err := s.node.leaderDeadline(t.Context(), "node3", time.Now()); !errors.Is(err, errNoLeader) {
+		t.Errorf("of a leader whose clock is not known: %d, %v", nanos, err)
 	}
 }
 
