@@ -405,6 +405,99 @@ func TestKeepAlive(t *testing.T) {
 	})
 }
 
+// TestEndedWaits: a wait that ends because its node stops is answered as one whose time is over,
+// and tells the client to call elsewhere next time.
+func TestEndedWaits(t *testing.T) {
+	t.Parallel()
+	w := newWriter(t, t.TempDir())
+	w.apply(set("app", "k", "v"))
+	for _, m := range []struct {
+		path, etag string
+		status     int
+	}{
+		{keyPath("app", "k"), `"1"`, http.StatusNotModified},
+		{keyPath("app", "missing"), "", http.StatusNotFound},
+		{"/api/v1/config/app", `"1"`, http.StatusNotModified},
+		{"/api/v1/namespaces/app/keys", `"1"`, http.StatusNotModified},
+	} {
+		s := newReader(t, w)
+		r := httptest.NewRequest("GET", m.path+"?stale&wait=30s", nil)
+		r.Header.Set("X-API-Key", adminKey)
+		if m.etag != "" {
+			r.Header.Set("If-None-Match", m.etag)
+		}
+		rec := httptest.NewRecorder()
+		answered := make(chan struct{})
+		go func() {
+			s.ServeHTTP(rec, r)
+			close(answered)
+		}()
+		until(t, limit(5*time.Second), func() error {
+			s.watches.mu.Lock()
+			defer s.watches.mu.Unlock()
+			if len(s.watches.bells) == 0 {
+				return fmt.Errorf("GET %s does not wait", m.path)
+			}
+			return nil
+		})
+		close(s.ending)
+		<-answered
+		if rec.Code != m.status || rec.Header().Get("Connection") != "close" {
+			t.Errorf("GET %s at the end of its node: %d, Connection %q, want %d and close", m.path, rec.Code, rec.Header().Get("Connection"), m.status)
+		}
+	}
+}
+
+// A streamDeadline is a ResponseWriter that notes for how long each write of a stream may take.
+type streamDeadline struct {
+	*httptest.ResponseRecorder
+	until time.Time
+	times []time.Duration // one for each write; what was written without a deadline has less than none
+}
+
+func (d *streamDeadline) SetWriteDeadline(t time.Time) error {
+	d.until = t
+	return nil
+}
+
+func (d *streamDeadline) Write(b []byte) (int, error) {
+	d.times = append(d.times, time.Until(d.until))
+	return d.ResponseRecorder.Write(b)
+}
+
+// TestStreamWriteDeadline: each write of a stream has 30 s of its own, so that a client that
+// takes nothing any more is cut, and one that goes on listening is not.
+func TestStreamWriteDeadline(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		w := newWriter(t, dir)
+		w.apply(set("app", "k", "v"))
+		s := newReader(t, w)
+		r := httptest.NewRequest("GET", "/api/v1/audit/app?stale", nil)
+		r.Header.Set("X-API-Key", adminKey)
+		r.Header.Set("Accept", "text/event-stream")
+		out := &streamDeadline{ResponseRecorder: httptest.NewRecorder()}
+		ended := make(chan struct{})
+		go func() {
+			s.ServeHTTP(out, r)
+			close(ended)
+		}()
+		synctest.Wait() // it has said that it begins
+		time.Sleep(14 * time.Second)
+		w.apply(set("app", "k", "w"))
+		time.Sleep(50 * time.Second) // comments, until the deadline of the beginning is over
+		w.apply(set("app", "k", "x"))
+		synctest.Wait()
+		close(s.ending)
+		<-ended
+		want := slices.Repeat([]time.Duration{30 * time.Second}, 1+1+4+1)
+		if diff := gocmp.Diff(want, out.times); diff != "" {
+			t.Errorf("how long each write may take (-want +is):\n%s", diff)
+		}
+	})
+}
+
 // TestStreamOverSnapshot: a stream goes on without gap or repeat when the state under it is
 // replaced by a snapshot, and one that resumes behind it too.
 func TestStreamOverSnapshot(t *testing.T) {
