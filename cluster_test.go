@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -527,6 +528,55 @@ func TestCleanStop(t *testing.T) {
 	}
 }
 
+// TestDraining: from SIGTERM on a node takes no new write and says that it was not applied, while
+// it waits for the writes that are open.
+func TestDraining(t *testing.T) {
+	t.Parallel()
+	c := startCluster(t, 1)
+	n := c.nodes[0]
+	open := newPending(t, n)
+	open.conn.SetDeadline(time.Now().Add(limit(15 * time.Second)))
+	const body = `{"value":"open"}`
+	fmt.Fprintf(open.conn, "PUT %s HTTP/1.1\r\nHost: test\r\nX-API-Key: %s\r\nContent-Length: %d\r\nExpect: 100-continue\r\n\r\n",
+		keyPath("app", "k"), adminKey, len(body))
+	if line, err := open.r.ReadString('\n'); err != nil || !strings.HasPrefix(line, "HTTP/1.1 100 ") {
+		t.Fatalf("a write whose body is waited for: %q, %v", line, err)
+	}
+	open.r.ReadString('\n') // the empty line behind it
+
+	n.signal(syscall.SIGTERM)
+	until(t, limit(5*time.Second), func() error {
+		code, st, err := n.status()
+		if err == nil && (code != http.StatusServiceUnavailable || st.Reason != "shutting down") {
+			err = fmt.Errorf("/health/ready of a node that shuts down: %d %+v", code, st)
+		}
+		return err
+	})
+	for _, m := range []struct{ method, path, body string }{
+		{"PUT", keyPath("app", "new"), `{"value":"late"}`},
+		{"DELETE", keyPath("app", "new"), ""},
+		{"PATCH", "/api/v1/config/app", `{"new":"late"}`},
+		{"PUT", "/api/v1/namespaces/app", `{}`},
+	} {
+		a := n.ask(t, m.method, m.path, m.body)
+		var doc struct{ Outcome string }
+		if err := json.Unmarshal(a.body, &doc); err != nil || a.status != http.StatusServiceUnavailable || a.slug() != "unavailable" ||
+			doc.Outcome != "not-applied" || a.header.Get("Retry-After") == "" {
+			t.Errorf("%s %s: %v %v, want 503 unavailable, not-applied, Retry-After", m.method, m.path, a, a.header)
+		}
+	}
+	io.WriteString(open.conn, body)
+	if a, err := open.answer(); err != nil || a.status != http.StatusCreated {
+		t.Errorf("a write that was open: %v, %v, want 201", a, err)
+	}
+	n.ended()
+	n.start()
+	c.ready()
+	if got := n.get(t, "app", "k").Value; got != "open" {
+		t.Errorf("after the restart k is %q", got)
+	}
+}
+
 // TestNoQuorum: with two of three dead nothing is acknowledged, and every client
 // is told so at once.
 func TestNoQuorum(t *testing.T) {
@@ -1007,6 +1057,65 @@ func TestMistakes(t *testing.T) {
 		t.Errorf("without the file: exit status %d", code)
 	}
 	wantOneLine(t, stderr, "missing.json")
+}
+
+// TestListen: with Cluster.Listen a node listens there and nowhere else, while the others and
+// redirects go on using its Address.
+func TestListen(t *testing.T) {
+	t.Parallel()
+	const host = "127.0.0.2" // all of 127/8 is loopback
+	c := newCluster(t, 1, with("Cluster", "Listen", host))
+	n := c.nodes[0]
+	address := n.url
+	for _, at := range []*string{&n.url, &n.api, &n.raft} {
+		*at = strings.Replace(*at, "127.0.0.1", host, 1)
+	}
+	c.start()
+	n.put(t, "app", "k", "v")
+	if _, st, err := n.status(); err != nil || st.Leader != address {
+		t.Errorf("the leader is at %q (%v), want %q", st.Leader, err, address)
+	}
+	for _, at := range []string{n.api, n.raft} {
+		conn, err := net.Dial("tcp", at)
+		if err != nil {
+			t.Error(err)
+		} else {
+			conn.Close()
+		}
+		elsewhere := strings.Replace(at, host, "127.0.0.1", 1)
+		if conn, err := net.Dial("tcp", elsewhere); !errors.Is(err, syscall.ECONNREFUSED) {
+			t.Errorf("with Listen %s it takes a connection to %s (%v)", host, elsewhere, err)
+			if err == nil {
+				conn.Close()
+			}
+		}
+	}
+}
+
+// TestMistakenFlags: a mistake in the arguments is one line that names it, and exit status 2;
+// -help lists the flags, and that is no mistake.
+func TestMistakenFlags(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	for _, m := range []struct{ args, want string }{
+		{"-log xml", "xml"},
+		{"-port 80", "-port"},
+		{"-data", "-data"},
+		{"serve", "serve"},
+		{"-log json node2", "node2"},
+	} {
+		// The mistake is found before the file is missed; a program that does not find it starts no node.
+		code, stdout, stderr := runNode(t, dir, append([]string{"-config", "missing.json"}, strings.Fields(m.args)...)...)
+		if code != 2 || stdout != "" {
+			t.Errorf("%s: exit status %d, standard output %q, want 2 and nothing", m.args, code, stdout)
+		}
+		wantOneLine(t, stderr, m.want)
+	}
+	code, stdout, stderr := runNode(t, dir, "-help")
+	if code != 0 {
+		t.Errorf("-help: exit status %d, want 0", code)
+	}
+	names(t, stdout+stderr, "-config", "-node", "-data", "-log")
 }
 
 // TestAlone: without a file one node serves in a fresh directory, makes a key
