@@ -315,6 +315,71 @@ func TestStoredCommands(t *testing.T) {
 	}
 }
 
+// TestFailingStore: an FSM whose store cannot apply the log does not go on: it ends the node, with
+// the file and what to do, also where bbolt itself panics on what it finds there.
+func TestFailingStore(t *testing.T) {
+	t.Parallel()
+	for _, m := range []struct {
+		name string
+		fail func(t *testing.T, w *writer)
+		want string
+	}{
+		{"closed", func(t *testing.T, w *writer) { w.st.db.Close() }, "not open"},
+		{"damaged record", func(t *testing.T, w *writer) {
+			err := w.st.db.Update(func(tx *bbolt.Tx) error {
+				b, key := tx.Bucket([]byte("config")), []byte("app\x00k")
+				rec := bytes.Clone(b.Get(key))
+				rec[len(rec)-3] ^= 1
+				return b.Put(key, rec)
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+		}, "checksum"},
+		{"damaged page", func(t *testing.T, w *writer) {
+			var root int64 // of a bucket that is large enough for a page of its own
+			err := w.st.view(func(tx *bbolt.Tx) error {
+				root = int64(tx.Bucket([]byte("config")).Root())
+				return nil
+			})
+			if err != nil || root == 0 {
+				t.Fatalf("the bucket config begins at page %d, %v", root, err)
+			}
+			f, err := os.OpenFile(w.st.path(), os.O_WRONLY, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer f.Close()
+			// A page is id[8] flags[2] count[2] overflow[4] and what it holds.
+			if _, err := f.WriteAt([]byte{0xff, 0xff}, root*int64(os.Getpagesize())+8); err != nil {
+				t.Fatal(err)
+			}
+		}, "page"},
+	} {
+		t.Run(m.name, func(t *testing.T) {
+			w := newWriter(t, t.TempDir())
+			w.apply(set("app", "k", "v"), set("app", "large", strings.Repeat("x", 10_000)))
+			logs := w.entries(set("app", "k", "w"))
+			m.fail(t, w)
+			ended := make(chan error, 1)
+			halt := func(err error) {
+				ended <- err
+				select {} // like the real one, it does not return
+			}
+			go func() {
+				defer func() {
+					if p := recover(); p != nil {
+						ended <- fmt.Errorf("panic: %v", p)
+					}
+				}()
+				f := &fsm{store: w.st, log: slog.New(slog.DiscardHandler), disk: &disk{busy: map[uint64]*stall{}}, halt: halt}
+				ended <- fmt.Errorf("ApplyBatch returns %v", f.ApplyBatch(logs))
+			}()
+			names(t, (<-ended).Error(), w.st.path(), m.want, "; ")
+		})
+	}
+}
+
 // TestUnknownCommand: an operation of a newer program is an error that stops the node.
 func TestUnknownCommand(t *testing.T) {
 	t.Parallel()

@@ -14,6 +14,7 @@ import (
 	"hash/crc32"
 	"math/rand/v2"
 	"net/http"
+	"net/http/httptest"
 	"net/url"
 	"os"
 	"os/exec"
@@ -198,6 +199,60 @@ func TestDamagedLog(t *testing.T) {
 	c.ready()
 	if got := n.get(t, "app", "k"); got != was {
 		t.Errorf("with the right bytes again %+v, want %+v", got, was)
+	}
+}
+
+// TestDamageRead: a read that meets a damaged record tells its client nothing of it, and ends the
+// node with what is damaged and what to do.
+func TestDamageRead(t *testing.T) {
+	t.Parallel()
+	w := newWriter(t, t.TempDir())
+	w.apply(set("app", "k", "v"))
+	err := w.st.db.Update(func(tx *bbolt.Tx) error {
+		for bucket, key := range map[string]string{"config": "app\x00k", "trail": "\x00\x00\x00\x00\x00\x00\x00\x01\x00\x00"} {
+			b := tx.Bucket([]byte(bucket))
+			rec := bytes.Clone(b.Get([]byte(key)))
+			rec[len(rec)-3] ^= 1
+			if err := b.Put([]byte(key), rec); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range []struct {
+		name, path, accept string
+		status             int // 0 where an answer has begun before the record is met
+	}{
+		{"get", keyPath("app", "k") + "?stale", "", http.StatusInternalServerError},
+		{"list", "/api/v1/config/app?stale", "", http.StatusInternalServerError},
+		{"trail", "/api/v1/audit/app?stale", "", http.StatusInternalServerError},
+		{"stream", "/api/v1/audit/app?stale&since=0", "text/event-stream", 0},
+	} {
+		t.Run(m.name, func(t *testing.T) {
+			s := newReader(t, w)
+			s.node.failed = make(chan error, 1)
+			ts := httptest.NewServer(s)
+			defer ts.Close()
+			a, err := do("GET", ts.URL+m.path, adminKey, "", "Accept", m.accept)
+			switch {
+			case m.status == 0 && err == nil:
+				t.Errorf("a client sees a whole answer: %v", a)
+			case m.status == 0:
+			case err != nil:
+				t.Error(err)
+			case a.status != m.status || a.slug() != "internal" || strings.Contains(string(a.body), "state.db") || strings.Contains(string(a.body), "checksum"):
+				t.Errorf("%v, want %d internal that says nothing of the cause", a, m.status)
+			}
+			select {
+			case err := <-s.node.failed:
+				names(t, err.Error(), "state.db", "checksum", "; ")
+			case <-time.After(limit(5 * time.Second)):
+				t.Error("the node goes on")
+			}
+		})
 	}
 }
 
