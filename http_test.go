@@ -1,12 +1,14 @@
 package main
 
 import (
+	"bufio"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"maps"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
@@ -16,6 +18,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 	"unicode/utf8"
@@ -651,6 +654,68 @@ func TestSlowBody(t *testing.T) {
 	if _, err := p.r.ReadByte(); err != io.EOF {
 		t.Errorf("the connection goes on: %v", err)
 	}
+}
+
+// TestConnectionLimits: who sends too much of a head, or too little for too long, on either port, does
+// not hold a connection and memory for ever.
+func TestConnectionLimits(t *testing.T) {
+	t.Parallel()
+	c := startCluster(t, 1)
+	n := c.nodes[0]
+	head := func(path string, size int) string { // net/http reads 4 KiB more than the limit
+		return "GET " + path + " HTTP/1.1\r\nHost: test\r\nX-Padding: " + strings.Repeat("x", size) + "\r\n\r\n"
+	}
+	type limited struct {
+		name, addr, sends string
+		status            int           // of the answer; 0 where there is none
+		cut               time.Duration // when the connection is cut; 0 where that is not waited for
+	}
+	tests := []limited{
+		{"a head of 60 KiB", n.api, head("/health", 60<<10), 200, 0},
+		{"a head of more than 64 KiB", n.api, head("/health", 72<<10), 431, 0},
+		{"a head of more than 64 KiB between nodes", n.raft, head("/term", 72<<10), 431, 0},
+		{"half a head", n.api, "GET /health HTTP/1.1\r\nHost: te", 0, 5 * time.Second},
+		{"half a head between nodes", n.raft, "GET /term HTTP/1.1\r\nHost: te", 0, 5 * time.Second},
+		{"nothing between nodes", n.raft, "", 0, 5 * time.Second},
+	}
+	if os.Getenv("CONFMAN_LONG") != "" {
+		tests = append(tests, limited{"no more requests", n.api, head("/health", 0), 200, 2 * time.Minute},
+			limited{"no more questions", n.raft, head("/term", 0), 200, 2 * time.Minute})
+	}
+	var waits sync.WaitGroup
+	for _, m := range tests {
+		waits.Go(func() { // all at once: most of them wait
+			start := time.Now()
+			conn, err := net.Dial("tcp", m.addr)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer conn.Close()
+			conn.SetDeadline(start.Add(m.cut + limit(10*time.Second)))
+			io.WriteString(conn, m.sends) // a node that has had enough does not take all of it
+			r := bufio.NewReader(conn)
+			if m.status != 0 {
+				resp, err := http.ReadResponse(r, nil)
+				if err == nil && resp.StatusCode != m.status {
+					err = errors.New(resp.Status)
+				}
+				if err != nil {
+					t.Errorf("%s: %v, want status %d", m.name, err, m.status)
+					return
+				}
+				io.Copy(io.Discard, resp.Body)
+			}
+			if m.cut == 0 {
+				return
+			}
+			text, err := io.ReadAll(r)
+			if took := time.Since(start); took < m.cut || errors.Is(err, os.ErrDeadlineExceeded) || len(text) > 0 {
+				t.Errorf("%s: %q, %v after %v, want the connection cut after %v", m.name, text, err, took, m.cut)
+			}
+		})
+	}
+	waits.Wait()
 }
 
 // A deadlined answer notes its write deadlines, and whether there is one while it is written.
