@@ -4,6 +4,7 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"os"
@@ -334,6 +335,46 @@ func TestStateKept(t *testing.T) {
 	c.ready()
 	load.more(limit(5*time.Second), 50)
 	prove(load)
+}
+
+// TestStateFromSnapshot: a node whose state file is thrown away after an unclean stop takes what the
+// log no longer tells it from its snapshot. It is alone, so that no other node can make up for it.
+func TestStateFromSnapshot(t *testing.T) {
+	t.Parallel()
+	c := startCluster(t, 1)
+	n := c.nodes[0]
+	value := strings.Repeat("x", 900<<10)
+	for i := range 5 { // a snapshot is taken when the log has grown by 4 MiB
+		n.put(t, "app", fmt.Sprintf("k%d", i), value)
+	}
+	until(t, 15*time.Second, func() error {
+		if len(snapshots(t, n)) == 0 {
+			return errors.New("no snapshot is taken")
+		}
+		return nil
+	})
+	last := n.put(t, "app", "last", "behind the snapshot")
+	_, want, err := n.status()
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.kill()
+	otherBoot(t, n)
+	n.start()
+	c.ready()
+	if how := n.opened(); !strings.Contains(how, "rebuilding after an unclean stop") {
+		t.Errorf("the log says of the state %s", how)
+	}
+	if _, got, err := n.status(); err != nil || got.Revision != want.Revision || got.Hash != want.Hash {
+		t.Errorf("the state is at revision %d, hash %s (%v), was at %d, %s", got.Revision, got.Hash, err, want.Revision, want.Hash)
+	}
+	if got := n.get(t, "app", "k0"); got.Value != value {
+		t.Errorf("k0 has %d bytes at revision %d, want %d", len(got.Value), got.Revision, len(value))
+	}
+	if got := n.get(t, "app", "last"); got != last {
+		t.Errorf("last is %+v, want %+v", got, last)
+	}
+	verify(c)
 }
 
 // otherBoot makes a stopped node's state.mark that of an earlier start of the machine.
