@@ -44,6 +44,8 @@ type link struct {
 	change  *sync.Cond        // rung when one of the rules changes
 	held    [2]bool           // by direction: calls and replies
 	most    int               // calls with more bytes at once are held too; 0 for any
+	stops   func([]byte) bool // calls that it picks are held too; nil for none
+	after   []byte            // the call that holds this is the last that goes by; nil for none
 	waiting [2]int            // how much is held right now, in pieces
 	asks    int               // questions of nodes to each other that have come by
 	open    map[net.Conn]bool // the connections on it, at the calling end
@@ -143,11 +145,18 @@ func (l *link) pass(piece []byte, way int) bool {
 	}
 	l.waiting[way]++
 	defer func() { l.waiting[way]-- }()
-	for !l.over && (l.held[way] || way == calls && l.most > 0 && len(piece) > l.most) {
+	for !l.over && (l.held[way] || way == calls && (l.most > 0 && len(piece) > l.most || l.stops != nil && l.stops(piece))) {
 		l.change.Wait()
+	}
+	if way == calls && l.after != nil && bytes.Contains(piece, l.after) {
+		l.held[calls] = true
 	}
 	return !l.over
 }
+
+// hasEntries reports whether a call is an append that is no heartbeat: messages of Raft have the
+// names of their members in them.
+func hasEntries(call []byte) bool { return bytes.Contains(call, []byte("AppendedAt")) }
 
 // hold holds back one direction, or lets it go.
 func (l *link) hold(way int, held bool) { l.set(func() { l.held[way] = held }) }
@@ -238,7 +247,8 @@ func (ls links) cut(n *node, held bool) {
 	}
 }
 
-// TestLink: a link holds each direction on its own, and big calls, and loses nothing.
+// TestLink: a link holds each direction on its own, big calls, picked ones and those behind a
+// certain one, and loses nothing.
 func TestLink(t *testing.T) {
 	t.Parallel()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
@@ -314,4 +324,20 @@ func TestLink(t *testing.T) {
 	silent(calls)
 	l.set(func() { l.most = 0 })
 	hear(6)
+	l.set(func() { l.stops = func(call []byte) bool { return len(call) == 7 } })
+	say(8)
+	hear(8)
+	say(7)
+	silent(calls)
+	l.set(func() { l.stops = nil })
+	hear(7)
+	l.set(func() { l.after = []byte("xxxxxxxxx") })
+	say(8)
+	hear(8)
+	say(9)
+	hear(9)
+	say(8)
+	silent(calls)
+	l.set(func() { l.after, l.held[calls] = nil, false })
+	hear(8)
 }

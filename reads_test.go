@@ -323,6 +323,62 @@ func lateAcknowledgements(t *testing.T, prefix string) (stale, answered int) {
 	return stale, answered
 }
 
+// TestNewLeader: a leader that has just been elected holds what its predecessor acknowledged, but
+// knows that it is committed only when an entry of its own term is. Until then it answers no
+// consistent read.
+func TestNewLeader(t *testing.T) {
+	t.Parallel()
+	c, roads := newLinked(t, 3, "", nil, with("Cluster", "RequestTimeout", 1500), with("Cluster", "LowerElectionTimeout", 500))
+	c.start()
+	a := c.leader()
+	b, third := c.followers()[0], c.followers()[1]
+	before := a.put(t, "app", "k", "before")
+	c.converge()
+
+	// B alone gets the entry, so B has it when it is acknowledged and nobody else can be elected.
+	// That it is committed B would hear with the next append.
+	roads.of(a, third).set(func() { roads.of(a, third).stops = hasEntries })
+	roads.of(a, b).set(func() { roads.of(a, b).after = []byte("acknowledged") })
+	want := a.put(t, "app", "k", "acknowledged")
+	// B leads, for its heartbeats are answered, and commits nothing.
+	roads.of(b, third).set(func() { roads.of(b, third).stops = hasEntries })
+	a.kill()
+	var first readyDoc
+	until(t, 15*time.Second, func() (err error) {
+		if _, first, err = b.status(); err != nil || first.Role != "leader" {
+			return fmt.Errorf("%s is %+v, %v", b.id, first, err)
+		}
+		return nil
+	})
+	if got := b.get(t, "app", "k"); got != before {
+		t.Fatalf("%s has %+v, which it should not know to be committed", b.id, got)
+	}
+	path := keyPath("app", "k") + "?consistent"
+	if got := b.ask(t, "GET", path, ""); got.status != http.StatusServiceUnavailable || got.slug() != "no-leader" {
+		t.Errorf("%s has committed nothing and answers a consistent read with %v; acknowledged is %+v", b.id, got, want)
+	}
+	if _, st, err := b.status(); err != nil || st.Role != "leader" || st.Term != first.Term {
+		t.Logf("%s did not lead all the time: %+v, %v; less is shown", b.id, st, err)
+	}
+
+	for _, l := range roads {
+		l.set(func() { l.held, l.stops, l.after = [2]bool{}, nil, nil })
+	}
+	until(t, 15*time.Second, func() error {
+		got := b.ask(t, "GET", path, "")
+		if got.status != http.StatusOK {
+			return fmt.Errorf("%v", got)
+		}
+		var e entryDoc
+		if err := json.Unmarshal(got.body, &e); err != nil || e != want {
+			t.Fatalf("%s answers a consistent read with %v, want %+v", b.id, got, want)
+		}
+		return nil
+	})
+	a.start()
+	c.ready()
+}
+
 // TestOwnWrites: with Confman-Min-Revision a client reads its own write at any node.
 func TestOwnWrites(t *testing.T) {
 	t.Parallel()
