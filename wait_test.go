@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -13,6 +14,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"runtime"
+	"runtime/pprof"
 	"slices"
 	"strings"
 	"sync"
@@ -264,6 +266,61 @@ func TestOthersDoNotWake(t *testing.T) {
 	}
 	if n := len(s.watches.bells); n > 0 {
 		t.Errorf("%d subjects are watched when nobody waits", n)
+	}
+}
+
+// TestChangeDuringLook: a change that comes when a wait has looked and found nothing new is not
+// missed. It is the look itself that makes it, so no other moment is left to notice it.
+func TestChangeDuringLook(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	synctest.Test(t, func(t *testing.T) {
+		w := newWriter(t, dir)
+		w.apply(set("app", "k", "v"))
+		s := newReader(t, w)
+		r := httptest.NewRequest("GET", "/?wait=1m", nil)
+		c := &call{s: s, w: &response{ResponseWriter: httptest.NewRecorder()}, r: r, q: r.URL.Query(), ns: "app", key: "k"}
+		start, looks := time.Now(), 0
+		err := s.waits(entrySubject, func(*call) error {
+			if looks++; looks > 1 {
+				return nil
+			}
+			w.apply(set("app", "k", "w"))
+			return errUnchanged
+		})(c)
+		// In here time passes only where everyone waits for it.
+		if took := time.Since(start); err != nil || looks != 2 || took > 0 {
+			t.Errorf("%d looks in %v, %v; want a second one at once", looks, took, err)
+		}
+	})
+}
+
+// TestWaitForTakesBellFirst: a revision that is reached between waitFor's look and its wait is not
+// missed. While the test holds the bell, waitFor stands before the place where it takes it: if it
+// has looked by then, it has seen the old revision.
+func TestWaitForTakesBellFirst(t *testing.T) {
+	t.Parallel()
+	s := &store{}
+	s.pos.Store(&position{rev: 1})
+	s.changed.mu.Lock()
+	ctx, cancel := context.WithTimeout(t.Context(), limit(10*time.Second))
+	defer cancel()
+	came := make(chan bool)
+	go func() { came <- s.waitFor(ctx, 2) }()
+	until(t, 10*time.Second, func() error {
+		var all strings.Builder
+		pprof.Lookup("goroutine").WriteTo(&all, 2) // a Builder takes everything
+		for _, g := range strings.Split(all.String(), "\n\n") {
+			if strings.Contains(g, t.Name()) && strings.Contains(g, ".waitFor(") && strings.Contains(g, "sync.(*Mutex).Lock") {
+				return nil
+			}
+		}
+		return errors.New("waitFor does not stand before the bell")
+	})
+	s.pos.Store(&position{rev: 2}) // and the ring: nobody has the bell yet
+	s.changed.mu.Unlock()
+	if !<-came {
+		t.Error("revision 2 was there when waitFor began to wait, and it waited on")
 	}
 }
 
