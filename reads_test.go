@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"path/filepath"
@@ -20,6 +21,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/hashicorp/go-hclog"
+	"github.com/hashicorp/raft"
 	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
 )
 
@@ -377,6 +380,83 @@ func TestNewLeader(t *testing.T) {
 	})
 	a.start()
 	c.ready()
+}
+
+// aloneInMemory makes a node that leads a cluster of itself and whose raft keeps nothing on the disk.
+func aloneInMemory(t *testing.T, st *store) *raftNode {
+	t.Helper()
+	conf := raft.DefaultConfig()
+	conf.LocalID = "node1"
+	conf.Logger = hclog.NewNullLogger()
+	conf.HeartbeatTimeout, conf.ElectionTimeout, conf.LeaderLeaseTimeout = 50*time.Millisecond, 50*time.Millisecond, 50*time.Millisecond
+	logs, snaps := raft.NewInmemStore(), raft.NewInmemSnapshotStore()
+	addr, trans := raft.NewInmemTransport("node1")
+	if err := raft.BootstrapCluster(conf, logs, logs, snaps, trans, raft.Configuration{Servers: []raft.Server{{ID: conf.LocalID, Address: addr}}}); err != nil {
+		t.Fatal(err)
+	}
+	r, err := raft.NewRaft(conf, newMachine(t, st), logs, logs, snaps, trans)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { r.Shutdown().Error() })
+	until(t, 10*time.Second, func() error {
+		if r.State() != raft.Leader {
+			return errors.New("nobody leads")
+		}
+		return nil
+	})
+	n := &raftNode{id: "node1", store: st, log: slog.New(slog.DiscardHandler)}
+	n.raft.Store(r)
+	n.led.Store(r.CurrentTerm())
+	return n
+}
+
+// TestConfirmed: a leader is as fresh as it was before it asked the others whether it leads, and
+// only if they say yes and nothing has changed meanwhile. It runs beside no other test, for
+// confirmLeadership is everyone's.
+func TestConfirmed(t *testing.T) {
+	defer func(f func(*raftNode, uint64) error) { confirmLeadership = f }(confirmLeadership)
+	w := newWriter(t, t.TempDir())
+	w.apply(set("app", "k", "v"))
+	n := aloneInMemory(t, w.st)
+	term := n.led.Load()
+	for _, m := range []struct {
+		name  string
+		meets func() error // what comes of the question
+		want  error        // if it is a certain one
+		fresh bool
+	}{
+		{"no majority", func() error { return errors.New("no majority") }, nil, false},
+		{"the term ends meanwhile", func() error { n.led.Store(0); return nil }, errNotLeading, false},
+		{"a majority", func() error { return nil }, nil, true},
+		{"no majority, later", func() error { return errors.New("no majority") }, nil, false},
+		{"a majority again", func() error { return nil }, nil, true},
+	} {
+		n.led.Store(term)
+		before := n.freshSince.Load()
+		var during *time.Time
+		var asked time.Time
+		confirmLeadership = func(_ *raftNode, of uint64) error {
+			if of != term {
+				t.Errorf("%s: asked for term %d, want %d", m.name, of, term)
+			}
+			during, asked = n.freshSince.Load(), time.Now()
+			for !time.Now().After(asked) { // so that a time taken behind it is a later one
+			}
+			return m.meets()
+		}
+		rev, err := n.confirmed(t.Context())
+		after := n.freshSince.Load()
+		if during != before {
+			t.Errorf("%s: the node is called fresh since %v while it asks", m.name, during)
+		}
+		switch {
+		case !m.fresh && (err == nil || m.want != nil && err != m.want || after != before):
+			t.Errorf("%s: revision %d, %v, fresh since %v; before since %v", m.name, rev, err, after, before)
+		case m.fresh && (err != nil || rev != 1 || after == before || after.After(asked)):
+			t.Errorf("%s: revision %d, %v, fresh since %v; want 1 and a time before %v", m.name, rev, err, after, asked)
+		}
+	}
 }
 
 // TestOwnWrites: with Confman-Min-Revision a client reads its own write at any node.
