@@ -918,6 +918,37 @@ func stateV1(w *writer) {
 	w.apply(cmds...)
 }
 
+// TestGrowsUnderReader: a reader who takes his time stops no writer and no other reader, however much
+// the file grows meanwhile: its map has room from the beginning.
+func TestGrowsUnderReader(t *testing.T) {
+	t.Parallel()
+	w := newWriter(t, t.TempDir())
+	w.apply(set("app", "k", "v"))
+	tx, err := w.st.begin()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tx.Rollback()
+	value := strings.Repeat("x", 1<<20)
+	logs := w.entries(set("app", "a", value), set("app", "b", value), set("app", "c", value), set("app", "d", value))
+	wrote := make(chan error, 1)
+	go func() {
+		_, err := w.st.apply(logs)
+		wrote <- errors.Join(err, w.st.view(func(*bbolt.Tx) error { return nil }))
+	}()
+	select {
+	case err = <-wrote:
+	case <-time.After(limit(20 * time.Second)): // for milliseconds of work
+		t.Error("a reader holds up a writer")
+		tx.Rollback() // or nothing of it would end
+		err = <-wrote
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.check()
+}
+
 // TestStateV1: a state file that an earlier confman wrote, a snapshot in fact, is read,
 // can be written to, and is still what the same commands make. go test -run StateV1
 // -update writes the file; a format that was released is never written anew.
