@@ -97,6 +97,63 @@ func TestAppendedAt(t *testing.T) {
 	}
 }
 
+// A future is an entry whose end is known.
+type future struct {
+	raft.ApplyFuture // what is not asked
+	err              error
+	response         any
+}
+
+func (f future) Error() error  { return f.err }
+func (f future) Response() any { return f.response }
+
+// TestSettle: everyone whose command was in an entry is told once what became of it, and "not
+// applied" only where raft says that the entry never was in its log.
+func TestSettle(t *testing.T) {
+	t.Parallel()
+	one, two := &result{rev: 1}, &result{rev: 2}
+	for _, m := range []struct {
+		name string
+		f    future
+		want *kind // nil: each its own result
+	}{
+		{"applied", future{response: []*result{one, two}}, nil},
+		{"not the leader", future{err: raft.ErrNotLeader}, errNoLeader},
+		{"being handed over", future{err: raft.ErrLeadershipTransferInProgress}, errUnavailable},
+		{"not taken in time", future{err: raft.ErrEnqueueTimeout}, errUnavailable},
+		{"leadership lost", future{err: raft.ErrLeadershipLost}, errUnknown},
+		{"shut down", future{err: raft.ErrRaftShutdown}, errUnknown},
+		{"a store's error", future{err: io.ErrShortWrite}, errUnknown},
+		{"a store's error, with an answer", future{err: io.ErrShortWrite, response: []*result{one, two}}, errUnknown},
+		{"not seen by the state machine", future{}, errUnknown},
+		{"an answer of another kind", future{response: io.ErrShortWrite}, errUnknown},
+		{"no answers", future{response: []*result{}}, errUnknown},
+		{"too few answers", future{response: []*result{one}}, errUnknown},
+		{"too many answers", future{response: []*result{one, two, one}}, errUnknown},
+	} {
+		var batch []*proposal
+		for range 2 {
+			batch = append(batch, &proposal{done: make(chan outcome, 1)})
+		}
+		settle(batch, m.f) // it would hang on a second outcome for the same one
+		for i, p := range batch {
+			var got outcome
+			select {
+			case got = <-p.done:
+			default:
+				t.Errorf("%s: command %d is told nothing", m.name, i)
+				continue
+			}
+			switch {
+			case m.want == nil && (got.err != nil || got.res != []*result{one, two}[i]):
+				t.Errorf("%s: command %d is told %+v, %v; want its own result", m.name, i, got.res, got.err)
+			case m.want != nil && (got.err == nil || problemOf(got.err).kind != m.want || got.res != nil):
+				t.Errorf("%s: command %d is told %+v, %v; want %s", m.name, i, got.res, got.err, m.want.slug)
+			}
+		}
+	}
+}
+
 // settled asks n what became of the write with a correlation id, until it can say.
 func settled(tb testing.TB, n *node, ns, id string) (events []eventDoc) {
 	tb.Helper()
