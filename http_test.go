@@ -638,9 +638,7 @@ func TestBodyNeverSent(t *testing.T) {
 
 // TestSlowBody: a body that takes longer than bodyTime is not waited for.
 func TestSlowBody(t *testing.T) {
-	if testing.Short() {
-		t.Skip("takes as long as a body may")
-	}
+	long(t)
 	t.Parallel()
 	c := startCluster(t, 1)
 	p := newPending(t, c.nodes[0])

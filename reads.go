@@ -325,10 +325,15 @@ func (s *server) fresh(c *call) error {
 	}
 	// Taken before the transaction begins: what is learned later is not of what it sees.
 	c.reads, c.since = true, s.node.freshSince.Load()
-	if err := c.showStaleness(); err != nil {
-		return err
-	}
 	c.sawRevision(s.store.at().rev)
+	return c.tooOld(stalenessMs(c.since))
+}
+
+// tooOld refuses a plain read that is ms old, -1 where that is unknown, and so older than promised.
+func (c *call) tooOld(ms int64) error {
+	if most := int64(c.s.cfg.Cluster.MaxStaleness); c.form == plainRead && (ms < 0 || ms > most) {
+		return errStaleRead.because("this node cannot show that it is at most %d ms behind; read from another node, or with ?stale", most)
+	}
 	return nil
 }
 
@@ -338,20 +343,26 @@ func (c *call) showStaleness() error {
 	if !c.reads {
 		return nil
 	}
-	if c.form == consistentRead {
-		c.w.Header()["Confman-Staleness-Ms"] = zeroMs
-		return nil
+	ms := int64(0)
+	if c.form != consistentRead {
+		ms = stalenessMs(c.since)
 	}
-	ms := stalenessMs(c.since)
-	c.w.Header()["Confman-Staleness-Ms"] = []string{strconv.FormatInt(ms, 10)}
-	most := int64(c.s.cfg.Cluster.MaxStaleness)
-	if c.form == plainRead && (ms < 0 || ms > most) {
-		return errStaleRead.because("this node cannot show that it is at most %d ms behind; read from another node, or with ?stale", most)
+	if 0 <= ms && ms < int64(len(usualMs)) {
+		c.w.Header()["Confman-Staleness-Ms"] = usualMs[ms]
+	} else {
+		c.w.Header()["Confman-Staleness-Ms"] = []string{strconv.FormatInt(ms, 10)}
 	}
-	return nil
+	return c.tooOld(ms)
 }
 
-var zeroMs = []string{"0"}
+// usualMs are the header's values for what a node's age is in between two answers of the leader, so
+// that a read makes none.
+var usualMs = func() (all [1200][]string) {
+	for ms := range all {
+		all[ms] = []string{strconv.Itoa(ms)}
+	}
+	return all
+}()
 
 // settles reports whether the read is of the trail, where unknown outcomes are settled.
 func (c *call) settles() bool {
