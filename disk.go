@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
-	"io"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -146,86 +145,6 @@ func (d *disk) lowForLeader() bool { return d.free.Load() < d.leaderFloor() }
 // leaderFloor is how many bytes must be free on a leader: there must be room for a snapshot,
 // too, and for what it is restored to.
 func (d *disk) leaderFloor() uint64 { return max(d.floor, 2*d.state.Load()) }
-
-// hardFloor is how many bytes must be free for entries that are no commands: without a leader's
-// first one nobody leads, and not even reads go on.
-const hardFloor = 16 << 20
-
-// A guardedTransport refuses what would fill the disk before raft touches its log for it: raft
-// does not survive an append that fails half-way.
-type guardedTransport struct {
-	*raft.NetworkTransport
-	rpcs chan raft.RPC
-}
-
-// Consumer implements raft.Transport.
-func (t *guardedTransport) Consumer() <-chan raft.RPC { return t.rpcs }
-
-// again makes a call anew while it fails by a connection that its other end has closed. raft keeps
-// some for later, and those to a node that was started again since are all broken: a vote that
-// fails by that costs another election timeout. What is called may be done twice.
-func again(call func() error) (err error) {
-	for range maxPool + 1 {
-		if err = call(); !errors.Is(err, io.EOF) && !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, syscall.EPIPE) {
-			break
-		}
-	}
-	return err
-}
-
-// RequestVote implements raft.Transport.
-func (t *guardedTransport) RequestVote(id raft.ServerID, to raft.ServerAddress, args *raft.RequestVoteRequest, resp *raft.RequestVoteResponse) error {
-	return again(func() error { return t.NetworkTransport.RequestVote(id, to, args, resp) })
-}
-
-// RequestPreVote implements raft.WithPreVote.
-func (t *guardedTransport) RequestPreVote(id raft.ServerID, to raft.ServerAddress, args *raft.RequestPreVoteRequest, resp *raft.RequestPreVoteResponse) error {
-	return again(func() error { return t.NetworkTransport.RequestPreVote(id, to, args, resp) })
-}
-
-// TimeoutNow implements raft.Transport.
-func (t *guardedTransport) TimeoutNow(id raft.ServerID, to raft.ServerAddress, args *raft.TimeoutNowRequest, resp *raft.TimeoutNowResponse) error {
-	return again(func() error { return t.NetworkTransport.TimeoutNow(id, to, args, resp) })
-}
-
-// guardTransport puts the guard before raft. It runs as long as the process.
-func guardTransport(inner *raft.NetworkTransport, d *disk, log *slog.Logger) *guardedTransport {
-	t := &guardedTransport{inner, make(chan raft.RPC)}
-	go func() {
-		refusing := false
-		for rpc := range inner.Consumer() {
-			low := d.low()
-			if low != refusing {
-				refusing = low
-				if low {
-					log.Error("disk is nearly full: entries are refused", "free", d.free.Load(), "minimum", d.floor)
-				} else {
-					log.Info("disk has room again", "free", d.free.Load())
-				}
-			}
-			if !low {
-				t.rpcs <- rpc
-				continue
-			}
-			full := fmt.Errorf("%s has %d bytes free, less than Storage.MinFreeMiB", d.dir, d.free.Load())
-			switch cmd := rpc.Command.(type) {
-			case *raft.AppendEntriesRequest:
-				if slices.ContainsFunc(cmd.Entries, func(e *raft.Log) bool { return e.Type == raft.LogCommand }) || len(cmd.Entries) > 0 && d.free.Load() < hardFloor {
-					rpc.Respond(&raft.AppendEntriesResponse{}, full)
-					continue
-				}
-			case *raft.InstallSnapshotRequest:
-				go func() {
-					io.Copy(io.Discard, rpc.Reader) // the connection carries on behind it
-					rpc.Respond(&raft.InstallSnapshotResponse{}, full)
-				}()
-				continue
-			}
-			t.rpcs <- rpc
-		}
-	}()
-	return t
-}
 
 // A raftLog is raft's log, term and vote on the disk. A failing disk ends the node: after
 // one failed fsync nobody knows what is on it.

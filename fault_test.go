@@ -593,32 +593,47 @@ func private(path string, d fs.DirEntry, err error) error {
 	return os.Chmod(path, 0o600)
 }
 
+// newTransport makes one of raft's transports that answers whatever answer says.
+func newTransport(t *testing.T, answer func(raft.RPC)) *raft.NetworkTransport {
+	t.Helper()
+	tr, err := raft.NewTCPTransportWithLogger("127.0.0.1:0", nil, maxPool, 5*time.Second, hclog.NewNullLogger())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { tr.Close() })
+	if answer != nil {
+		go func() {
+			for rpc := range tr.Consumer() {
+				answer(rpc)
+			}
+		}()
+	}
+	return tr
+}
+
+// newGuarded puts the guard before a transport.
+func newGuarded(t *testing.T, bare *raft.NetworkTransport, follows func(string, uint64) (uint64, bool)) *guardedTransport {
+	quiet := slog.New(slog.DiscardHandler)
+	return guardTransport(bare, newDisk(t.TempDir(), 1, quiet, nil), quiet, follows)
+}
+
 // TestVotesAfterRestart: raft keeps connections to the other nodes, and those to a node that was
 // started again since are broken. A vote asked for over one of them is asked for again.
 func TestVotesAfterRestart(t *testing.T) {
 	t.Parallel()
-	listen := func(addr string) *raft.NetworkTransport {
-		t.Helper()
-		var tr *raft.NetworkTransport
-		until(t, 5*time.Second, func() (err error) {
-			tr, err = raft.NewTCPTransportWithLogger(addr, nil, maxPool, 5*time.Second, hclog.NewNullLogger())
-			return err
-		})
-		go func() {
-			for rpc := range tr.Consumer() {
-				switch rpc.Command.(type) {
-				case *raft.RequestVoteRequest:
-					rpc.Respond(&raft.RequestVoteResponse{Term: 7, Granted: true}, nil)
-				case *raft.RequestPreVoteRequest:
-					rpc.Respond(&raft.RequestPreVoteResponse{Term: 7, Granted: true}, nil)
-				case *raft.TimeoutNowRequest:
-					rpc.Respond(&raft.TimeoutNowResponse{}, nil)
-				}
-			}
-		}()
-		return tr
-	}
-	addr := raft.ServerAddress(fmt.Sprintf("127.0.0.1:%d", freePort(t)))
+	to := newTransport(t, func(rpc raft.RPC) {
+		switch rpc.Command.(type) {
+		case *raft.RequestVoteRequest:
+			rpc.Respond(&raft.RequestVoteResponse{Term: 7, Granted: true}, nil)
+		case *raft.RequestPreVoteRequest:
+			rpc.Respond(&raft.RequestPreVoteResponse{Term: 7, Granted: true}, nil)
+		case *raft.TimeoutNowRequest:
+			rpc.Respond(&raft.TimeoutNowResponse{}, nil)
+		}
+	})
+	road := newLink(t)
+	road.set(func() { road.target = string(to.LocalAddr()) })
+	addr := raft.ServerAddress(road.ln.Addr().String())
 	vote := func(tr raft.Transport) error {
 		return tr.RequestVote("b", addr, &raft.RequestVoteRequest{Term: 7}, &raft.RequestVoteResponse{})
 	}
@@ -632,10 +647,8 @@ func TestVotesAfterRestart(t *testing.T) {
 		},
 		"raft's own": func(tr *raft.NetworkTransport, _ *guardedTransport) error { return vote(tr) },
 	} {
-		bare := listen("127.0.0.1:0")
-		quiet := slog.New(slog.DiscardHandler)
-		guarded := guardTransport(bare, newDisk(t.TempDir(), 1, quiet, nil), quiet)
-		to := listen(string(addr))
+		bare := newTransport(t, nil)
+		guarded := newGuarded(t, bare, nil)
 		var wg sync.WaitGroup
 		for range 2 * maxPool { // fills the pool
 			wg.Go(func() {
@@ -645,14 +658,90 @@ func TestVotesAfterRestart(t *testing.T) {
 			})
 		}
 		wg.Wait()
-		to.Close()
-		to.CloseStreams()
-		to = listen(string(addr))
+		road.snap()
 		if err := call(bare, guarded); (err != nil) != (name == "raft's own") {
-			t.Errorf("%s after the other node's restart: %v", name, err)
+			t.Errorf("%s over connections that are broken: %v", name, err)
 		}
-		to.Close()
-		to.CloseStreams()
-		bare.Close()
+	}
+}
+
+// TestHeartbeats: a heartbeat that could change raft's term or leader goes through raft's main loop
+// and nowhere else; one that says nothing new is answered at once, whatever the loop does.
+func TestHeartbeats(t *testing.T) {
+	t.Parallel()
+	to := newTransport(t, nil)
+	guarded := newGuarded(t, to, func(leader string, term uint64) (uint64, bool) { return 42, leader == "a" && term == 7 })
+	guarded.SetHeartbeatHandler(func(raft.RPC) { t.Error("raft's own handler is used") })
+	from := newTransport(t, nil)
+	beat := func(leader string, term uint64) (*raft.AppendEntriesResponse, error) {
+		resp := &raft.AppendEntriesResponse{}
+		req := &raft.AppendEntriesRequest{RPCHeader: raft.RPCHeader{ProtocolVersion: 3, ID: []byte(leader), Addr: []byte(leader)}, Term: term}
+		return resp, from.AppendEntries("to", to.LocalAddr(), req, resp)
+	}
+	for range 3 { // nobody reads the loop's channel
+		if resp, err := beat("a", 7); err != nil || !resp.Success || resp.Term != 7 || resp.LastLog != 42 {
+			t.Errorf("a heartbeat of the known leader: %+v, %v", resp, err)
+		}
+	}
+	for _, m := range []struct {
+		leader string
+		term   uint64
+	}{{"a", 8}, {"b", 8}, {"b", 7}, {"a", 6}} {
+		answered := make(chan *raft.AppendEntriesResponse, 1)
+		go func() {
+			resp, err := beat(m.leader, m.term)
+			if err != nil {
+				t.Error(err)
+			}
+			answered <- resp
+		}()
+		rpc := <-guarded.Consumer()
+		if req, ok := rpc.Command.(*raft.AppendEntriesRequest); !ok || req.Term != m.term || string(req.ID) != m.leader {
+			t.Errorf("the loop is handed %+v, want the heartbeat of %s in term %d", rpc.Command, m.leader, m.term)
+		}
+		select {
+		case resp := <-answered:
+			t.Errorf("a heartbeat of %s in term %d is answered beside the loop: %+v", m.leader, m.term, resp)
+		default:
+		}
+		rpc.Respond(&raft.AppendEntriesResponse{Term: 9}, nil)
+		if resp := <-answered; resp.Term != 9 || resp.Success {
+			t.Errorf("a heartbeat of %s in term %d: %+v", m.leader, m.term, resp)
+		}
+	}
+}
+
+// TestWritesToPausedLeader: what clients send to a leader that stands still, and that it reads when
+// it goes on and hears of its successor at the same moment, does not make the nodes differ. raft
+// let a heartbeat of a later term in beside its main loop, and the old leader put the write into its
+// log under the term of the new one (hashicorp/raft issue 695).
+func TestWritesToPausedLeader(t *testing.T) {
+	t.Parallel()
+	const late = 16
+	c := startCluster(t, 3, quick)
+	for round := range rounds(6, 300) {
+		old := c.leader()
+		var writes []*pending
+		for range late {
+			writes = append(writes, newPending(t, old))
+		}
+		old.pause()
+		stoodStill(t, old)
+		c.leader() // among the others
+		for i, p := range writes {
+			if err := p.send("PUT", keyPath("app", fmt.Sprintf("k%d", i)), fmt.Sprintf(`{"value":"%d late"}`, round)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		old.resume()
+		for _, p := range writes {
+			if _, err := p.answer(); err != nil {
+				t.Fatal(err)
+			}
+			p.conn.Close()
+		}
+		c.ready()
+		c.leader().put(t, "app", "k", fmt.Sprint(round))
+		c.converge()
 	}
 }

@@ -9,7 +9,8 @@
 // Begin reading at run, below, and at routes in http.go; each of the other files is about one
 // thing. Handlers read the state in a transaction of their own, since a read is a lookup and a
 // copy, so the files about what is stored import bbolt. hashicorp/raft is known to the files about
-// the cluster: raft.go, propose.go, reads.go, join.go, peers.go, disk.go and fsm.go.
+// the cluster: raft.go, transport.go, propose.go, reads.go, join.go, peers.go, disk.go
+// and fsm.go.
 package main
 
 import (

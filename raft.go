@@ -182,7 +182,7 @@ func (n *raftNode) startRaft(newest uint64, servers []raft.Server, hlog hclog.Lo
 	if err != nil {
 		return err
 	}
-	trans := guardTransport(n.trans, n.disk, n.log)
+	trans := guardTransport(n.trans, n.disk, n.log, n.follows)
 	if servers != nil {
 		if err := raft.BootstrapCluster(conf, cache, n.logs, n.snaps, trans, raft.Configuration{Servers: servers}); err != nil {
 			return fmt.Errorf("bootstrap %s: %w", n.logs.path, err)
@@ -250,6 +250,16 @@ func (n *raftNode) watchLeadership() error {
 func (n *raftNode) leads() bool {
 	r := n.raft.Load()
 	return r != nil && r.State() == raft.Leader && n.led.Load() == r.CurrentTerm()
+}
+
+// follows reports whether this node follows a leader in a term, and the last index of its log.
+func (n *raftNode) follows(leader string, term uint64) (last uint64, ok bool) {
+	r := n.raft.Load()
+	if r == nil || r.State() != raft.Follower || r.CurrentTerm() != term {
+		return 0, false
+	}
+	_, id := r.LeaderWithID()
+	return r.LastIndex(), string(id) == leader
 }
 
 // leader returns the id and the API's base URL of the leader that this node knows,
