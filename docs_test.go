@@ -316,10 +316,10 @@ func TestManualFollow(t *testing.T) {
 	start()
 	defer func() { kill() }()
 	for round := range kills {
+		seen := len(events())
 		for i := range changes {
 			c.nodes[i%3].put(t, "news", "k", fmt.Sprint(round, i))
 		}
-		seen := len(events())
 		until(t, limit(20*time.Second), func() error {
 			if got := len(events()); got <= seen {
 				return fmt.Errorf("round %d: it has printed %d events still", round, got)
