@@ -266,6 +266,7 @@ func TestDiskError(t *testing.T) {
 		t.Run(m.file, func(t *testing.T) {
 			v := newVolume(t, 64)
 			c := newCluster(t, 1, with("Storage", "MinFreeMiB", 1))
+			c.expects = []string{"disk is nearly full"}
 			n := c.nodes[0]
 			v.hold(n)
 			c.start()
