@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -336,6 +337,12 @@ func TestStateKept(t *testing.T) {
 		t.Fatal(err)
 	}
 	again("rebuilding after an unclean stop")
+	until(t, 5*time.Second, func() error {
+		if _, rest, ok := strings.Cut(n.logged(), `msg="log applied"`); !ok || !strings.Contains(rest, " took=") {
+			return errors.New("the log does not say when the state was built anew")
+		}
+		return nil
+	})
 
 	// And all at once: nobody has a state file to help the others with.
 	for _, n := range c.nodes {
@@ -388,6 +395,22 @@ func TestStateFromSnapshot(t *testing.T) {
 		t.Errorf("last is %+v, want %+v", got, last)
 	}
 	verify(c)
+}
+
+// TestMakeDir: the directories that a node makes are on the disk before anything in them is.
+func TestMakeDir(t *testing.T) {
+	t.Parallel()
+	v := newVolume(t, 64)
+	dir := filepath.Join(v.dir, "var", "confman", "node1")
+	if err := makeDir(dir); err != nil {
+		t.Fatal(err)
+	}
+	v.cut(cutHard)
+	until(t, 30*time.Second, v.remount)
+	info, err := os.Stat(dir)
+	if err != nil || info.Mode() != fs.ModeDir|0o700 {
+		t.Errorf("after a power cut: %v, %v", info, err)
+	}
 }
 
 // otherBoot makes a stopped node's state.mark that of an earlier start of the machine.

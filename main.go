@@ -180,15 +180,23 @@ func (s *server) goodbye(srv *http.Server) error {
 	return errors.Join(err, s.node.Close(), s.store.Close())
 }
 
-// makeDir makes a data directory that survives the machine.
+// makeDir makes a data directory that survives the machine: a file that is fsynced is lost all the
+// same with a directory above it whose name is not on the disk. So dir and every directory in which
+// it makes a name are fsynced, at least dir's parent, for an earlier start may have been cut off here.
 func makeDir(dir string) error {
+	there := filepath.Dir(dir) // the nearest that was there before
+	for _, err := os.Stat(there); os.IsNotExist(err) && there != filepath.Dir(there); _, err = os.Stat(there) {
+		there = filepath.Dir(there)
+	}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
-	if err := syncDir(dir); err != nil {
-		return err
+	for ; dir != there; dir = filepath.Dir(dir) {
+		if err := syncDir(dir); err != nil {
+			return err
+		}
 	}
-	return syncDir(filepath.Dir(dir))
+	return syncDir(there)
 }
 
 // A config is the configuration file. Times are milliseconds. Member names are matched

@@ -198,12 +198,31 @@ func (n *raftNode) startRaft(newest uint64, servers []raft.Server, hlog hclog.Lo
 	}
 	n.logs.mark()
 	n.raft.Store(r)
+	n.tasks.Go(n.sayApplied)
 	n.tasks.Go(n.watchLeadership)
 	n.tasks.Go(n.runProposals)
 	n.tasks.Go(n.takeSnapshots)
 	n.tasks.Go(n.keepFresh)
 	n.tasks.Go(n.keepVoters)
 	n.tasks.Go(n.compareHashes)
+	return nil
+}
+
+// sayApplied logs how long it took, from the process's start on, until the state had all that was
+// committed of the log that the node began with, where it lacked some.
+func (n *raftNode) sayApplied() error {
+	r := n.raft.Load()
+	had, last := n.store.at().index, r.LastIndex()
+	for n.store.at().index < last && r.AppliedIndex() < last {
+		select {
+		case <-n.ctx.Done():
+			return nil
+		case <-time.After(askPause): // the pace of the question
+		}
+	}
+	if had < last {
+		n.log.Info("log applied", "from", had, "to", last, "revision", n.store.at().rev, "took", time.Since(n.began))
+	}
 	return nil
 }
 
