@@ -37,8 +37,11 @@ func lockDir(dir string) (*os.File, error) {
 	return f, nil
 }
 
-// rejoinEmpty is the next step for a node whose own files cannot be trusted any more.
-const rejoinEmpty = "move the data directory away and start again, and the node rejoins empty"
+// rejoinEmpty is the next step for a node whose log or snapshots cannot be trusted any more.
+const rejoinEmpty = "if the other nodes have the data, move this node's data directory away and start again: it rejoins empty"
+
+// rebuildState is the next step for a node whose state file cannot be trusted any more.
+const rebuildState = "remove state.db and start again: it is rebuilt from raft's snapshot and log"
 
 // checkDisk is the next step after an error of the disk.
 const checkDisk = "check the disk and the space on it, then start the node again"

@@ -126,17 +126,22 @@ func (f *fsm) ApplyBatch(logs []*raft.Log) []any {
 		out, err = f.store.apply(logs)
 		return err
 	})
-	if errors.Is(err, errCorrupt) {
-		err = fmt.Errorf("%w; %s", err, rejoinEmpty)
+	if err == nil {
+		return out
 	}
-	if err != nil && !errors.Is(err, errCorrupt) {
-		err = fmt.Errorf("%w; %s", err, checkDisk)
+	next := checkDisk
+	switch {
+	case errors.Is(err, errEntry):
+		next = "if confman was made older, start the newer one; else " + rejoinEmpty
+	case errors.Is(err, errCorrupt):
+		next = rebuildState
 	}
-	if err != nil {
-		f.halt(fmt.Errorf("apply raft entries %d to %d to %s: %w", logs[0].Index, logs[len(logs)-1].Index, f.store.path(), err))
-	}
-	return out
+	f.halt(fmt.Errorf("apply raft entries %d to %d to %s: %w; %s", logs[0].Index, logs[len(logs)-1].Index, f.store.path(), err, next))
+	return nil
 }
+
+// errEntry is in every error about a raft entry that this program cannot read.
+var errEntry = errors.New("not a command that this confman knows")
 
 // apply is ApplyBatch. The error is the disk's or a corrupt record's; the store is
 // then as it was before.
@@ -156,7 +161,7 @@ func (s *store) apply(logs []*raft.Log) ([]any, error) {
 			}
 			cs, err := decodeCommands(l.Data)
 			if err != nil {
-				return fmt.Errorf("raft entry %d is not a command: %w", l.Index, err)
+				return fmt.Errorf("raft entry %d: %w: %w", l.Index, errEntry, err)
 			}
 			results := make([]*result, len(cs))
 			for j, c := range cs {
@@ -256,7 +261,7 @@ func (b *batch) run(c *command) (*result, error) {
 	case "drop":
 		return b.drop(c)
 	}
-	return nil, fmt.Errorf("unknown op %q: written by a newer confman?", c.Op)
+	return nil, fmt.Errorf("%w: unknown op %q", errEntry, c.Op)
 }
 
 // next begins the revision that c makes. Times never decrease along the log, whatever
@@ -511,7 +516,7 @@ func (s *snapshot) Persist(sink raft.SnapshotSink) error {
 	start := time.Now()
 	if err := checkRecords(s.tx); err != nil {
 		sink.Cancel()
-		s.halt(fmt.Errorf("snapshot: %w; %s", err, rejoinEmpty))
+		s.halt(fmt.Errorf("snapshot: %w; %s", err, rebuildState))
 	}
 	n, err := s.tx.WriteTo(sink)
 	if err != nil {

@@ -583,7 +583,7 @@ func (c *call) finish(err error) {
 		}
 	}
 	if errors.Is(err, errCorrupt) {
-		go c.s.node.halt(fmt.Errorf("%w; %s", err, rejoinEmpty))
+		go c.s.node.halt(fmt.Errorf("%w; %s", err, rebuildState))
 	}
 	c.observe(cmp.Or(c.w.status, p.kind.status), err) // the log gets all of err, the client gets p
 	if c.w.status != 0 {

@@ -252,7 +252,7 @@ func (n *raftNode) answers() http.Handler {
 		}
 		h, ok, err := n.store.hashAt(rev)
 		if errors.Is(err, errCorrupt) {
-			go n.halt(fmt.Errorf("%w; %s", err, rejoinEmpty))
+			go n.halt(fmt.Errorf("%w; %s", err, rebuildState))
 		}
 		if err == nil && !ok {
 			err = errors.New("this node has no event of that revision")

@@ -213,7 +213,12 @@ func (n *raftNode) startRaft(newest uint64, servers []raft.Server, hlog hclog.Lo
 func (n *raftNode) sayApplied() error {
 	r := n.raft.Load()
 	had, last := n.store.at().index, r.LastIndex()
-	for n.store.at().index < last && r.AppliedIndex() < last {
+	for e := new(raft.Log); last > had; last-- { // to the last one that the state hears of
+		if err := n.logs.GetLog(last, e); err != nil || e.Type == raft.LogCommand || e.Type == raft.LogConfiguration {
+			break
+		}
+	}
+	for n.store.at().index < last {
 		select {
 		case <-n.ctx.Done():
 			return nil

@@ -141,7 +141,7 @@ func openStore(dir string) (s *store, how string, err error) {
 		}
 	}
 	if err != nil {
-		return nil, "", fmt.Errorf("%w; if the file is damaged, remove state.db and start again: it is rebuilt from raft's snapshot and log", err)
+		return nil, "", fmt.Errorf("%w; if the file is damaged, %s", err, rebuildState)
 	}
 	return s, how, nil
 }
