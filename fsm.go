@@ -180,6 +180,7 @@ func (s *store) apply(logs []*raft.Log) ([]any, error) {
 	}
 	if b.pos.index != old.index {
 		s.pos.Store(&b.pos)
+		s.applied.ring()
 	}
 	if b.pos.rev != old.rev {
 		s.changed.ring() // after the commit, so whoever wakes finds the change

@@ -21,7 +21,9 @@ import (
 	"net/url"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
+	"runtime"
 	"runtime/debug"
 	"slices"
 	"strings"
@@ -39,6 +41,9 @@ const (
 	readerKey = "cm_test_reader_Bd8sHy2FjKc5GtQ" // principal svc@test
 )
 
+// goroutinesLine begins the line by which a node of the tests answers SIGUSR1.
+const goroutinesLine = "goroutines: "
+
 // TestMain lets the test binary be a node. node.start runs it again with
 // CONFMAN_NODE set; main then sees an ordinary command line. A node reads
 // standard input only to notice that the tests are gone, however they went.
@@ -47,6 +52,13 @@ func TestMain(m *testing.M) {
 		go func() {
 			io.Copy(io.Discard, os.Stdin)
 			os.Exit(3)
+		}()
+		count := make(chan os.Signal, 1)
+		signal.Notify(count, syscall.SIGUSR1)
+		go func() {
+			for range count {
+				fmt.Fprintf(os.Stderr, "%s%d\n", goroutinesLine, runtime.NumGoroutine())
+			}
 		}()
 		main()
 		os.Exit(0)
@@ -424,7 +436,7 @@ func checkModes(dir string) error {
 		if err != nil {
 			return err
 		}
-		st, err := d.Info()
+		st, err := os.Stat(path) // of what a link leads to
 		if err != nil {
 			return err
 		}

@@ -30,6 +30,7 @@ type raftNode struct {
 	raft            atomic.Pointer[raft.Raft] // nil until the node may take part
 	trans           *raft.NetworkTransport
 	logs            *raftLog
+	recent          *raft.LogCache // over logs
 	snaps           *snapshotStore
 	disk            *disk
 	members         map[string]peer                  // by node id
@@ -45,6 +46,8 @@ type raftNode struct {
 	// led is the term in which this node leads and has applied everything that earlier
 	// leaders committed; 0 while that is not known.
 	led atomic.Uint64
+
+	quiet atomic.Uint64 // see holds
 
 	// What waits for a leader's word shares one question: rounds and barriers on the
 	// leader, questions and barrierQuestions on the way to it.
@@ -178,19 +181,19 @@ func (n *raftNode) startRaft(newest uint64, servers []raft.Server, hlog hclog.Lo
 	conf.NoLegacyTelemetry = true
 
 	// Replication reads what was just appended from memory: a few appends, of up to a megabyte an entry.
-	cache, err := raft.NewLogCache(64, n.logs)
-	if err != nil {
+	var err error
+	if n.recent, err = raft.NewLogCache(64, n.logs); err != nil {
 		return err
 	}
 	trans := guardTransport(n.trans, n.disk, n.log, n.follows)
 	if servers != nil {
-		if err := raft.BootstrapCluster(conf, cache, n.logs, n.snaps, trans, raft.Configuration{Servers: servers}); err != nil {
+		if err := raft.BootstrapCluster(conf, n.recent, n.logs, n.snaps, trans, raft.Configuration{Servers: servers}); err != nil {
 			return fmt.Errorf("bootstrap %s: %w", n.logs.path, err)
 		}
 	}
 	var r *raft.Raft
 	err = caught(func() (err error) {
-		r, err = raft.NewRaft(conf, &fsm{store: n.store, log: n.log, disk: n.disk, halt: n.halt}, cache, n.logs, n.snaps, trans)
+		r, err = raft.NewRaft(conf, &fsm{store: n.store, log: n.log, disk: n.disk, halt: n.halt}, n.recent, n.logs, n.snaps, trans)
 		return err
 	})
 	if err != nil {
@@ -225,7 +228,7 @@ func (n *raftNode) sayApplied() error {
 		case <-time.After(askPause): // the pace of the question
 		}
 	}
-	if had < last {
+	if had < last && last > 1 { // 1 holds the members of a new cluster
 		n.log.Info("log applied", "from", had, "to", last, "revision", n.store.at().rev, "took", time.Since(n.began))
 	}
 	return nil

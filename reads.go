@@ -48,11 +48,11 @@ func (s *shared) do(ctx context.Context, f func() (uint64, error)) (uint64, erro
 // that a test can show what a weaker way does.
 var confirmLeadership = (*raftNode).askMajority
 
-// confirmed returns the revision of this node's state if the node leads and that state
-// holds every write acknowledged before the call, by whatever leader (the Raft thesis, section
-// 6.4): all that earlier leaders committed was applied before led was set, this leader
-// acknowledges a write only after it is applied, and a majority says after the call began that
-// no later term has begun.
+// confirmed returns a revision of this node's state if the node leads and that state holds every
+// write that was acknowledged, or shown by any node, before the call (the Raft thesis, section 6.4):
+// all that earlier leaders committed was applied before led was set; all that this one had
+// committed by the call is applied when it returns, for a follower may be ahead of it in applying
+// and show it already; and a majority says after the call began that no later term has begun.
 func (n *raftNode) confirmed(ctx context.Context) (uint64, error) {
 	return n.rounds.do(ctx, func() (uint64, error) {
 		asked := time.Now()
@@ -60,16 +60,53 @@ func (n *raftNode) confirmed(ctx context.Context) (uint64, error) {
 		if !n.leads() {
 			return 0, errNotLeading
 		}
-		rev := n.store.at().rev
+		committed := n.raft.Load().CommitIndex()
 		if err := confirmLeadership(n, term); err != nil {
 			return 0, err
 		}
 		if !n.leads() || n.led.Load() != term {
 			return 0, errNotLeading
 		}
+		if err := n.holds(committed); err != nil {
+			return 0, err
+		}
+		rev := n.store.at().rev
 		n.knownFresh(asked)
 		return rev, nil
 	})
+}
+
+// holds waits until this leader's state has what is committed of the log up to index. quiet is
+// the last index up to which there was nothing to wait for.
+func (n *raftNode) holds(index uint64) error {
+	ctx, cancel := context.WithTimeout(n.ctx, roundTime)
+	defer cancel()
+	for {
+		bell := n.store.applied.wait()
+		at := n.store.at().index
+		if at >= index || n.quiet.Load() >= index {
+			return nil
+		}
+		// raft's own entries, one for each term and each barrier, never come to the state.
+		last, e := index, new(raft.Log)
+		for ; last > at; last-- {
+			if err := n.recent.GetLog(last, e); err != nil {
+				return err
+			}
+			if e.Type == raft.LogCommand || e.Type == raft.LogConfiguration {
+				break
+			}
+		}
+		if last <= at {
+			n.quiet.Store(index)
+			return nil
+		}
+		select {
+		case <-bell:
+		case <-ctx.Done():
+			return fmt.Errorf("the state has not applied raft index %d in time", last)
+		}
+	}
 }
 
 // roundTime bounds one question to another node.

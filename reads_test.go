@@ -13,6 +13,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -423,7 +424,10 @@ func aloneInMemory(t *testing.T, st *store) *raftNode {
 		}
 		return nil
 	})
-	n := &raftNode{id: "node1", store: st, log: slog.New(slog.DiscardHandler)}
+	n := &raftNode{id: "node1", store: st, log: slog.New(slog.DiscardHandler), ctx: t.Context()}
+	if n.recent, err = raft.NewLogCache(64, logs); err != nil {
+		t.Fatal(err)
+	}
 	n.raft.Store(r)
 	n.led.Store(r.CurrentTerm())
 	return n
@@ -648,4 +652,78 @@ func TestShared(t *testing.T) {
 		t.Errorf("a wait that is given up: %v", err)
 	}
 	<-ended
+}
+
+// TestLeaderAppliesLate: a follower may have applied what its leader, who committed it, has not.
+// After a read with ?consistent has shown that, no later one anywhere shows less, and a stream that
+// has sent it goes on at the leader.
+func TestLeaderAppliesLate(t *testing.T) {
+	t.Parallel()
+	free := []*volume{newVolume(t, 64), newVolume(t, 64), newVolume(t, 64)}
+	c := newCluster(t, 3)
+	vols := map[*node]*volume{}
+	for i, n := range c.nodes {
+		vols[n] = free[i]
+		if err := os.MkdirAll(n.data, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Symlink(filepath.Join(vols[n].dir, "state.db"), filepath.Join(n.data, "state.db")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c.start()
+	c.nodes[0].put(t, "app", "k", "old")
+	c.converge()
+	leader, f := c.leader(), c.followers()[0]
+	vols[leader].freeze() // its log, on another file system, goes on
+	thaw := sync.OnceFunc(vols[leader].thaw)
+	defer thaw()
+	p := newPending(t, leader)
+	if err := p.send("PUT", keyPath("app", "k"), `{"value":"new"}`); err != nil {
+		t.Fatal(err)
+	}
+	var shown entryDoc
+	until(t, 5*time.Second, func() error {
+		a, err := do("GET", f.url+keyPath("app", "k")+"?stale", readerKey, "")
+		if err != nil {
+			return err
+		}
+		if err := json.Unmarshal(a.body, &shown); err != nil || shown.Value != "new" {
+			return fmt.Errorf("%s shows %v, %v", f.id, a, err)
+		}
+		return nil
+	})
+	type seen struct {
+		at, what string
+		a        *answer
+		err      error
+	}
+	answers := make(chan seen)
+	later := 0
+	for _, n := range c.nodes {
+		for what, get := range map[string]func() (*answer, error){
+			"read": func() (*answer, error) { return do("GET", n.url+keyPath("app", "k")+"?consistent", readerKey, "") },
+			"wait": func() (*answer, error) {
+				return do("GET", n.url+keyPath("app", "k")+"?wait=100ms", readerKey, "", "If-None-Match", fmt.Sprintf(`"%d"`, shown.Revision))
+			},
+		} {
+			later++
+			go func() {
+				a, err := get()
+				answers <- seen{n.id, what, a, err}
+			}()
+		}
+	}
+	time.AfterFunc(500*time.Millisecond, thaw) // the fault's length
+	for range later {
+		s := <-answers
+		ok := s.err == nil && (s.a.status == http.StatusOK && strings.Contains(string(s.a.body), `"new"`) ||
+			s.a.status == http.StatusServiceUnavailable || s.what == "wait" && s.a.status == http.StatusNotModified)
+		if !ok {
+			t.Errorf("%s at %s, after revision %d was shown: %v, %v", s.what, s.at, shown.Revision, s.a, s.err)
+		}
+	}
+	if a, err := p.answer(); err != nil || a.status != http.StatusOK {
+		t.Errorf("the write: %v, %v", a, err)
+	}
 }

@@ -71,6 +71,7 @@ type store struct {
 
 	pos     atomic.Pointer[position] // what is committed; set by Apply's goroutine alone
 	changed bell                     // rung after each commit that moved the revision
+	applied bell                     // rung after each commit
 	watches watches                  // who waits for one thing to change
 }
 
