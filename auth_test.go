@@ -1,10 +1,15 @@
 package main
 
 import (
+	"crypto/sha256"
+	"encoding/base64"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"maps"
 	"net/http"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -352,6 +357,177 @@ func TestAuthKeepsDigests(t *testing.T) {
 		}
 		if kind != tt.err || tt.err == nil && who.principal != tt.who {
 			t.Errorf("%v for role %d: %q, %v; want %q, %v", tt.header, tt.need, who.principal, err, tt.who, tt.err)
+		}
+	}
+}
+
+// TestNamespacesOfKey: a key covers the names that it lists and those that begin as it says.
+func TestNamespacesOfKey(t *testing.T) {
+	t.Parallel()
+	for _, m := range []struct {
+		namespaces []string
+		yes, no    string
+	}{
+		{nil, "a prod Z.9", ""},
+		{[]string{"prod"}, "prod", "prod2 pro Prod prod-eu xprod"},
+		{[]string{"team-*"}, "team- team-a team-a.b", "team Team-a ateam-a"},
+		{[]string{"prod", "team-*"}, "prod team-x", "product team"},
+		{[]string{"*"}, "a prod", ""},
+		{[]string{}, "", "a prod"}, // no file can say so
+	} {
+		k := caller{namespaces: m.namespaces}
+		for want, names := range map[bool]string{true: m.yes, false: m.no} {
+			for _, ns := range strings.Fields(names) {
+				if k.covers(ns) != want {
+					t.Errorf("%q covers %s: %t", m.namespaces, ns, !want)
+				}
+			}
+		}
+	}
+}
+
+// TestMistakenKeys: what is no key, no digest, no namespace and no time is a mistake that names the
+// member; a key and its digest are one key.
+func TestMistakenKeys(t *testing.T) {
+	t.Parallel()
+	digest := fmt.Sprintf("%x", sha256.Sum256([]byte("cm_test_mistaken")))
+	for _, m := range []struct{ members, want string }{
+		{`"Key": "cm_test_mistaken"`, ""},
+		{`"Key": "sha256:` + digest + `"`, ""},
+		{`"Key": "sha256:` + strings.ToUpper(digest) + `"`, ""},
+		{`"Key": "k", "Namespaces": ["a", "A.b_c-d", "team-*", "*"], "NotAfter": "2027-01-31T12:00:00.5+02:00"`, ""},
+		{`"Key": "sha256:` + digest[1:] + `"`, "Auth.ApiKeys[1].Key: "},
+		{`"Key": "sha256:` + digest + `00"`, "Auth.ApiKeys[1].Key: "},
+		{`"Key": "sha256:"`, "Auth.ApiKeys[1].Key: "},
+		{`"Key": "SHA256:cm_test"`, "Auth.ApiKeys[1].Key: "},
+		{`"Key": "sha256: ` + digest + `"`, "Auth.ApiKeys[1].Key: "},
+		{`"Key": "sha256:` + strings.Repeat("g", 64) + `"`, "Auth.ApiKeys[1].Key: "},
+		{`"Key": "` + adminKey + `"`, "Auth.ApiKeys[1].Key: the same"},
+		{`"Key": "sha256:` + fmt.Sprintf("%X", sha256.Sum256([]byte(adminKey))) + `"`, "Auth.ApiKeys[1].Key: the same"},
+		{`"Key": "k", "Namespaces": []`, "Auth.ApiKeys[1].Namespaces: empty"},
+		{`"Key": "k", "Namespaces": null`, "Auth.ApiKeys[1].Namespaces: null"},
+		{`"Key": "k", "Namespaces": "prod"`, "Auth.ApiKeys[1].Namespaces: wrong kind"},
+		{`"Key": "k", "Namespaces": [null]`, "Auth.ApiKeys[1].Namespaces[0]: null"},
+		{`"Key": "k", "Namespaces": ["a", ""]`, "Auth.ApiKeys[1].Namespaces[1]: "},
+		{`"Key": "k", "Namespaces": ["a", "b*c"]`, "Auth.ApiKeys[1].Namespaces[1]: "},
+		{`"Key": "k", "Namespaces": ["*a"]`, "Auth.ApiKeys[1].Namespaces[0]: "},
+		{`"Key": "k", "Namespaces": ["a**"]`, "Auth.ApiKeys[1].Namespaces[0]: "},
+		{`"Key": "k", "Namespaces": ["-*"]`, "Auth.ApiKeys[1].Namespaces[0]: "},
+		{`"Key": "k", "Namespaces": ["a/b"]`, "Auth.ApiKeys[1].Namespaces[0]: "},
+		{`"Key": "k", "Namespaces": ["a b"]`, "Auth.ApiKeys[1].Namespaces[0]: "},
+		{`"Key": "k", "Namespaces": ["` + strings.Repeat("a", 129) + `"]`, "Auth.ApiKeys[1].Namespaces[0]: "},
+		{`"Key": "k", "NotAfter": ""`, "Auth.ApiKeys[1].NotAfter: "},
+		{`"Key": "k", "NotAfter": null`, "Auth.ApiKeys[1].NotAfter: null"},
+		{`"Key": "k", "NotAfter": "2027-01-31"`, "Auth.ApiKeys[1].NotAfter: "},
+		{`"Key": "k", "NotAfter": "2027-01-31T12:00:00"`, "Auth.ApiKeys[1].NotAfter: "},
+		{`"Key": "k", "NotAfter": 1800000000`, "Auth.ApiKeys[1].NotAfter: wrong kind"},
+	} {
+		path := filepath.Join(t.TempDir(), "confman.json")
+		text := fmt.Sprintf(`{"Cluster": {"NodeId": "a", "Nodes": [{"Id": "a", "Address": "127.0.0.1", "ApiPort": 1, "RaftPort": 2}]},
+			"Auth": {"ApiKeys": [{"Key": "%s", "Name": "a", "Role": "admin"}, {%s, "Name": "b", "Role": "reader"}]}}`, adminKey, m.members)
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		_, err := loadConfig(path, "")
+		switch {
+		case m.want == "" && err != nil:
+			t.Errorf("%s: %v", m.members, err)
+		case m.want != "" && (err == nil || !errors.Is(err, errUsage) || !strings.Contains(err.Error(), m.want)):
+			t.Errorf("%s: %v, want a mistake in %s", m.members, err, m.want)
+		case err != nil && (strings.Contains(err.Error(), adminKey) || strings.Contains(err.Error(), digest[8:])):
+			t.Errorf("%s: the error shows a key: %v", m.members, err)
+		}
+	}
+}
+
+// TestLimitedKeys: a key that is limited to some namespaces sees no trace of others: not in the list
+// of namespaces, page by page, and not by how a request is refused. Its digest lets nobody in.
+func TestLimitedKeys(t *testing.T) {
+	t.Parallel()
+	c := startCluster(t, 1, addKey(limitedReaderKey, "Limited reader", "reader", "Namespaces", []string{"mine-*", "zz", "never"}))
+	n := c.nodes[0]
+	for _, ns := range strings.Fields("a mine mine- mine-2 mine-3 mine-31 mine.x mines minf z z9 zz zzz") {
+		n.put(t, ns, "k", "v")
+	}
+	get := func(path string, headers ...string) *answer {
+		t.Helper()
+		a, err := do("GET", n.url+path, limitedReaderKey, "", headers...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return a
+	}
+	want := []string{"mine-", "mine-2", "mine-3", "mine-31", "zz"}
+	for _, size := range []int{1, 2, 3, 5, 1000} {
+		for _, prefix := range []string{"", "mine-", "m", "z"} {
+			var mine, got []string
+			for _, ns := range want {
+				if strings.HasPrefix(ns, prefix) {
+					mine = append(mine, ns)
+				}
+			}
+			path, pages := fmt.Sprintf("/api/v1/namespaces?limit=%d&prefix=%s", size, prefix), 0
+			for cursor := ""; ; pages++ {
+				var page struct {
+					Items      []struct{ Path string }
+					Pagination struct {
+						HasMore    bool
+						NextCursor *string
+					}
+				}
+				a := get(path + cursor)
+				if err := json.Unmarshal(a.body, &page); err != nil || a.status != http.StatusOK {
+					t.Fatalf("GET %s: %v", path+cursor, a)
+				}
+				for _, it := range page.Items {
+					got = append(got, it.Path)
+				}
+				if page.Pagination.NextCursor == nil {
+					break
+				}
+				if len(page.Items) != size || len(got) == len(mine) {
+					t.Errorf("GET %s has %d items and says that there are more", path+cursor, len(page.Items))
+				}
+				at, err := base64.RawURLEncoding.DecodeString(*page.Pagination.NextCursor)
+				if err != nil || !slices.Contains(want, string(at[1:])) {
+					t.Errorf("GET %s: the cursor is %q (%v)", path+cursor, at, err)
+				}
+				cursor = "&cursor=" + *page.Pagination.NextCursor
+			}
+			if d := cmp.Diff(mine, got); d != "" {
+				t.Errorf("namespaces with limit %d and prefix %q (-want +got):\n%s", size, prefix, d)
+			}
+		}
+	}
+	// Nothing is looked at before the namespace is, whatever else is wrong or held.
+	var first map[string]any
+	for _, path := range []string{"config/%s", "config/%s/k", "config/%s/k?wait=1m", "config/%s/k?bogus", "config/%s/k?version=x", "namespaces/%s", "namespaces/%s/keys?cursor=x", "audit/%s", "audit/%s?since=999"} {
+		for _, headers := range [][]string{nil, {"Accept", "text/event-stream"}, {"If-None-Match", `"1"`}, {"If-None-Match", "1"}, {"Confman-Min-Revision", "999999"}} {
+			for _, ns := range []string{"a", "mine", "none"} {
+				at := "/api/v1/" + fmt.Sprintf(path, ns)
+				doc := problemDoc(t, "GET", n.url+at, limitedReaderKey, "", headers...)
+				delete(doc, "instance")
+				if first == nil {
+					first = doc
+				}
+				if d := cmp.Diff(first, doc); d != "" || doc["type"] != "https://confman/errors/forbidden" {
+					t.Errorf("GET %s with %q, want a 403 like all (-first +this one):\n%s", at, headers, d)
+				}
+				if a := get(at, headers...); a.header.Get("ETag") != "" {
+					t.Errorf("GET %s with %q has the ETag %s", at, headers, a.header.Get("ETag"))
+				}
+			}
+		}
+	}
+	if a := get("/api/v1/config/never"); a.status != http.StatusNotFound {
+		t.Errorf("a namespace of its own that is not there: %v", a)
+	}
+	digest := fmt.Sprintf("sha256:%x", sha256.Sum256([]byte(readerKey)))
+	c.configure(dropKey("Service"), addKey(digest, "Service", "reader"))
+	n.reload()
+	for key, want := range map[string]int{readerKey: http.StatusOK, digest: http.StatusUnauthorized, digest[7:]: http.StatusUnauthorized} {
+		if a, err := do("GET", n.url+"/api/v1/namespaces", key, ""); err != nil || a.status != want {
+			t.Errorf("with %s, of which the file has the digest: %v, %v, want %d", key, a, err, want)
 		}
 	}
 }

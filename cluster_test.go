@@ -1128,7 +1128,7 @@ func TestMistakenFlags(t *testing.T) {
 	if code != 0 {
 		t.Errorf("-help: exit status %d, want 0", code)
 	}
-	names(t, stdout+stderr, "-config", "-node", "-data", "-log")
+	names(t, stdout+stderr, "-config", "-node", "-data", "-log", "-keygen")
 }
 
 // TestAlone: without a file one node serves in a fresh directory, makes a key
@@ -1186,6 +1186,13 @@ func TestAlone(t *testing.T) {
 	} else {
 		t.Logf("%q prints\n%s", sh.Args, text)
 	}
+	n.signal(syscall.SIGHUP)
+	until(t, 10*time.Second, func() error {
+		if !strings.Contains(n.logged(), `level=WARN msg="SIGHUP: there is no configuration file to read again"`) {
+			return errors.New("SIGHUP leaves no line in the log")
+		}
+		return nil
+	})
 	if a, err := do("PUT", n.url+keyPath("alone", "k"), key, `{"value":"kept"}`); err != nil || a.status != http.StatusCreated {
 		t.Errorf("PUT with the made key: %v, %v", a, err)
 	}
