@@ -270,35 +270,36 @@ func (k apiKey) digest() (d [sha256.Size]byte, err error) {
 	return [sha256.Size]byte(b), nil
 }
 
-// check finds the first mistake in a key; its error begins with the member's name.
-func (k *apiKey) check() (digest [sha256.Size]byte, err error) {
+// check finds the first mistake in a key, which the file calls at; its error begins with the member's
+// name. digest is the key's.
+func (k *apiKey) check(at string) (digest [sha256.Size]byte, err error) {
 	if k.Key == "" || strings.TrimSpace(k.Key) != k.Key || strings.ContainsFunc(k.Key, func(r rune) bool { return r < ' ' || r > '~' }) {
-		return digest, errors.New("Key: missing, or not printable ASCII as a header needs")
+		return digest, fmt.Errorf("%s.Key: missing, or not printable ASCII as a header needs", at)
 	}
 	if digest, err = k.digest(); err != nil {
-		return digest, fmt.Errorf("Key: %w", err)
+		return digest, fmt.Errorf("%s.Key: %w", at, err)
 	}
 	if k.actor() == "" {
-		return digest, errors.New("Name: missing, and so is Principal; the audit trail needs one")
+		return digest, fmt.Errorf("%s.Name: missing, and so is Principal; the audit trail needs one", at)
 	}
 	if strings.ContainsFunc(k.actor(), isControl) {
-		return digest, errors.New("Principal: holds a control character")
+		return digest, fmt.Errorf("%s.Principal: holds a control character", at)
 	}
 	if roles[k.Role] == public {
-		return digest, fmt.Errorf("Role: %q must be reader or admin", k.Role)
+		return digest, fmt.Errorf("%s.Role: %q must be reader or admin", at, k.Role)
 	}
 	if k.Namespaces != nil && len(k.Namespaces) == 0 {
-		return digest, errors.New("Namespaces: empty; leave it out for all namespaces, or remove the key")
+		return digest, fmt.Errorf("%s.Namespaces: empty; leave it out for all namespaces, or remove the key", at)
 	}
 	for i, p := range k.Namespaces {
 		// What is before the * begins a name, so it is one, or nothing.
 		if name, prefix := strings.CutSuffix(p, "*"); !validNamespace(name) && (name != "" || !prefix) {
-			return digest, fmt.Errorf("Namespaces[%d]: %q is neither a namespace nor the beginning of one with * behind it", i, p)
+			return digest, fmt.Errorf("%s.Namespaces[%d]: %q is neither a namespace nor the beginning of one with * behind it", at, i, p)
 		}
 	}
 	if k.NotAfter != nil {
 		if k.notAfter, err = time.Parse(time.RFC3339, *k.NotAfter); err != nil {
-			return digest, fmt.Errorf("NotAfter: %q is not a time such as 2027-01-31T00:00:00Z", *k.NotAfter)
+			return digest, fmt.Errorf("%s.NotAfter: %q is not a time such as 2027-01-31T00:00:00Z", at, *k.NotAfter)
 		}
 	}
 	return digest, nil

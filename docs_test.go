@@ -94,6 +94,11 @@ func TestManualRoutes(t *testing.T) {
 				t.Errorf("%s: its section says %q: %t", name, word, need != rt.role)
 			}
 		}
+		for of, word := range map[scope]string{wholeStore: "Not for limited keys.", ownNamespaces: "A limited key sees its own."} {
+			if strings.Contains(section, word) != (of == rt.scope) {
+				t.Errorf("%s: its section says %q: %t", name, word, of != rt.scope)
+			}
+		}
 	}
 	for name := range sections {
 		t.Errorf("the program has no route %s", name)
@@ -204,7 +209,9 @@ func TestManualConfiguration(t *testing.T) {
 			}
 		case reflect.Slice:
 			want[path] = ""
-			walk(path+"[]", reflect.Zero(v.Type().Elem()))
+			if v.Type().Elem().Kind() == reflect.Struct {
+				walk(path+"[]", reflect.Zero(v.Type().Elem()))
+			}
 		default:
 			want[path] = ""
 			if !v.IsZero() || v.Kind() == reflect.Bool {
@@ -374,5 +381,22 @@ func TestManualVerify(t *testing.T) {
 	out, err := exec.Command("python3", "-c", program, n.url+"/api/v1", adminKey).CombinedOutput()
 	if want := fmt.Sprintf("5 events, revision %d hash %s\n", st.Revision, st.Hash); err != nil || string(out) != want {
 		t.Errorf("%q, %v, want %q", out, err, want)
+	}
+}
+
+// TestManualDigest: the manual's command makes of a key the digest that a node takes for it.
+func TestManualDigest(t *testing.T) {
+	needs(t, "sh", "sha256sum", "cut")
+	t.Parallel()
+	sh := exec.Command("sh", "-c", excerpt(t, "stays the same key:\n\n```sh\n", "```\n"))
+	sh.Env = append(os.Environ(), "KEY="+adminKey)
+	out, err := sh.Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	clear, _ := apiKey{Key: adminKey}.digest()
+	digest, err := apiKey{Key: strings.TrimSuffix(string(out), "\n")}.digest()
+	if err != nil || digest != clear {
+		t.Errorf("it prints %q (%v), not the digest %x", out, err, clear)
 	}
 }

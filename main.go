@@ -504,9 +504,9 @@ func (c *config) check() error {
 	}
 	keys := map[[sha256.Size]byte]int{}
 	for i := range c.Auth.ApiKeys {
-		digest, err := c.Auth.ApiKeys[i].check()
+		digest, err := c.Auth.ApiKeys[i].check(fmt.Sprintf("Auth.ApiKeys[%d]", i))
 		if err != nil {
-			return fmt.Errorf("Auth.ApiKeys[%d].%w", i, err)
+			return err
 		}
 		if j, ok := keys[digest]; ok {
 			return fmt.Errorf("Auth.ApiKeys[%d].Key: the same key as that of Auth.ApiKeys[%d]", i, j)

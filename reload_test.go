@@ -213,6 +213,7 @@ func TestRevokedStuck(t *testing.T) {
 	}{
 		{"its key", []apiKey{other}, 5*time.Second + refusedTime},
 		{"another key", []apiKey{operators}, writeTime},
+		{"its name", []apiKey{{Key: adminKey, Name: "Others", Role: "reader"}}, writeTime},
 	} {
 		dir := t.TempDir()
 		synctest.Test(t, func(t *testing.T) {
@@ -240,6 +241,32 @@ func TestRevokedStuck(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestClockSetBack: a key that has expired stays so when the clock is set back, since what it held has
+// ended, until the file is read again.
+func TestClockSetBack(t *testing.T) {
+	t.Parallel()
+	s := newReader(t, newWriter(t, t.TempDir()))
+	keys := []apiKey{{Key: adminKey, Name: "Operators", Role: "admin", notAfter: time.Now().Add(-time.Hour)}}
+	s.setKeys(keys)
+	if s.auth.Load().endExpired(s) {
+		t.Error("more keys will expire")
+	}
+	status := func(want int) {
+		t.Helper()
+		r, rec := httptest.NewRequest("GET", "/api/v1/namespaces?stale", nil), httptest.NewRecorder()
+		r.Header.Set("X-API-Key", adminKey)
+		if s.ServeHTTP(rec, r); rec.Code != want {
+			t.Errorf("the key is answered %d, want %d", rec.Code, want)
+		}
+	}
+	status(http.StatusUnauthorized)
+	keys[0].notAfter = time.Now().Add(time.Hour) // as the old clock says of an hour ago
+	s.auth.Load().keys[0].notAfter = keys[0].notAfter
+	status(http.StatusUnauthorized)
+	s.setKeys(keys)
+	status(http.StatusOK)
 }
 
 // TestRotation: keys are rotated on a running cluster under load. The new one is added on every node,
