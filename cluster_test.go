@@ -47,6 +47,9 @@ type workload struct {
 	quit chan struct{}
 	wg   sync.WaitGroup
 
+	key     string       // what the clients send
+	attempt sync.RWMutex // held for reading while an attempt is made; guards key
+
 	mu      sync.Mutex        // protects the rest
 	acked   map[string]uint64 // correlation id to revision
 	unknown map[string]doubt  // by correlation id
@@ -62,7 +65,7 @@ type doubt struct {
 
 // startLoad sets clients to work on c until end or check.
 func startLoad(c *cluster, clients int) *workload {
-	l := &workload{c: c, quit: make(chan struct{}), acked: make(map[string]uint64), unknown: make(map[string]doubt)}
+	l := &workload{c: c, quit: make(chan struct{}), key: adminKey, acked: make(map[string]uint64), unknown: make(map[string]doubt)}
 	c.tb.Cleanup(l.end) // before the nodes go, if the test has not done it
 	for client := range clients {
 		l.wg.Go(func() {
@@ -85,7 +88,9 @@ func (l *workload) write(id, key string) bool {
 		default:
 		}
 		from := time.Now()
-		a, err := do("PUT", base+keyPath("load", key), adminKey, `{"value":"`+id+`"}`, "X-Correlation-Id", id)
+		l.attempt.RLock()
+		a, err := do("PUT", base+keyPath("load", key), l.key, `{"value":"`+id+`"}`, "X-Correlation-Id", id)
+		l.attempt.RUnlock()
 		l.mu.Lock()
 		again := l.note(id, from, a, err)
 		l.mu.Unlock()
@@ -104,6 +109,13 @@ func (l *workload) write(id, key string) bool {
 		case <-time.After(10 * time.Millisecond): // the pace of the question
 		}
 	}
+}
+
+// useKey gives the clients another key. None of them sends the old one when it returns.
+func (l *workload) useKey(key string) {
+	l.attempt.Lock()
+	defer l.attempt.Unlock()
+	l.key = key
 }
 
 // note takes down what became of an attempt and says whether to try again. l.mu
@@ -1116,7 +1128,7 @@ func TestMistakenFlags(t *testing.T) {
 	if code != 0 {
 		t.Errorf("-help: exit status %d, want 0", code)
 	}
-	names(t, stdout+stderr, "-config", "-node", "-data", "-log")
+	names(t, stdout+stderr, "-config", "-node", "-data", "-log", "-keygen")
 }
 
 // TestAlone: without a file one node serves in a fresh directory, makes a key
@@ -1174,6 +1186,13 @@ func TestAlone(t *testing.T) {
 	} else {
 		t.Logf("%q prints\n%s", sh.Args, text)
 	}
+	n.signal(syscall.SIGHUP)
+	until(t, 10*time.Second, func() error {
+		if !strings.Contains(n.logged(), `level=WARN msg="SIGHUP: there is no configuration file to read again"`) {
+			return errors.New("SIGHUP leaves no line in the log")
+		}
+		return nil
+	})
 	if a, err := do("PUT", n.url+keyPath("alone", "k"), key, `{"value":"kept"}`); err != nil || a.status != http.StatusCreated {
 		t.Errorf("PUT with the made key: %v, %v", a, err)
 	}

@@ -96,6 +96,11 @@ func TestManualRoutes(t *testing.T) {
 				t.Errorf("%s: its section says %q: %t", name, word, need != rt.role)
 			}
 		}
+		for of, word := range map[scope]string{wholeStore: "Not for limited keys.", ownNamespaces: "A limited key sees its own."} {
+			if strings.Contains(section, word) != (of == rt.scope) {
+				t.Errorf("%s: its section says %q: %t", name, word, of != rt.scope)
+			}
+		}
 	}
 	for name := range sections {
 		t.Errorf("the program has no route %s", name)
@@ -206,7 +211,9 @@ func TestManualConfiguration(t *testing.T) {
 			}
 		case reflect.Slice:
 			want[path] = ""
-			walk(path+"[]", reflect.Zero(v.Type().Elem()))
+			if v.Type().Elem().Kind() == reflect.Struct {
+				walk(path+"[]", reflect.Zero(v.Type().Elem()))
+			}
 		default:
 			want[path] = ""
 			if !v.IsZero() || v.Kind() == reflect.Bool {
@@ -439,4 +446,21 @@ var (
 // alike takes out of what a drill prints what differs from one time to the next.
 func alike(s string) string {
 	return differing.ReplaceAllString(whoLeads.ReplaceAllString(s, "node$1"), "~")
+}
+
+// TestManualDigest: the manual's command makes of a key the digest that a node takes for it.
+func TestManualDigest(t *testing.T) {
+	needs(t, "sh", "sha256sum", "cut")
+	t.Parallel()
+	sh := exec.Command("sh", "-c", excerpt(t, "stays the same key:\n\n```sh\n", "```\n"))
+	sh.Env = append(os.Environ(), "KEY="+adminKey)
+	out, err := sh.Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	clear, _ := apiKey{Key: adminKey}.digest()
+	digest, err := apiKey{Key: strings.TrimSuffix(string(out), "\n")}.digest()
+	if err != nil || digest != clear {
+		t.Errorf("it prints %q (%v), not the digest %x", out, err, clear)
+	}
 }

@@ -202,6 +202,7 @@ type cluster struct {
 	tb     testing.TB
 	dir    string
 	config string // path of the file
+	doc    map[string]any
 	nodes  []*node
 
 	finished bool     // finish has run
@@ -233,7 +234,7 @@ func newCluster(tb testing.TB, size int, edits ...edit) *cluster {
 			log:  filepath.Join(c.dir, id+".log"),
 		})
 	}
-	doc := map[string]any{
+	c.doc = map[string]any{
 		"Cluster": map[string]any{"Nodes": members},
 		"Storage": map[string]any{"DataPath": data},
 		"Auth": map[string]any{"ApiKeys": []any{
@@ -241,19 +242,45 @@ func newCluster(tb testing.TB, size int, edits ...edit) *cluster {
 			map[string]any{"Key": readerKey, "Name": "Service", "Principal": "svc@test", "Role": "reader"},
 		}},
 	}
-	for _, e := range edits {
-		e(doc)
-	}
-	text, err := json.MarshalIndent(doc, "", "  ")
-	if err != nil {
-		tb.Fatal(err)
-	}
-	if err := os.WriteFile(c.config, text, 0o600); err != nil {
-		tb.Fatal(err)
-	}
+	c.configure(edits...)
 	tb.Cleanup(c.dispose)
 	tb.Cleanup(c.finish) // runs first; whatever it finds, dispose still runs
 	return c
+}
+
+// configure changes the configuration and writes the file anew. Nodes that run do not notice.
+func (c *cluster) configure(edits ...edit) {
+	c.tb.Helper()
+	for _, e := range edits {
+		e(c.doc)
+	}
+	text, err := json.MarshalIndent(c.doc, "", "  ")
+	if err != nil {
+		c.tb.Fatal(err)
+	}
+	if err := os.WriteFile(c.config, text, 0o600); err != nil {
+		c.tb.Fatal(err)
+	}
+}
+
+// addKey returns the edit that adds a key to the configuration; more are members and values in turn.
+func addKey(key, name, role string, more ...any) edit {
+	k := map[string]any{"Key": key, "Name": name, "Role": role}
+	for pair := range slices.Chunk(more, 2) {
+		k[pair[0].(string)] = pair[1]
+	}
+	return func(doc map[string]any) {
+		auth := doc["Auth"].(map[string]any)
+		auth["ApiKeys"] = append(auth["ApiKeys"].([]any), k)
+	}
+}
+
+// dropKey returns the edit that takes a key out.
+func dropKey(name string) edit {
+	return func(doc map[string]any) {
+		auth := doc["Auth"].(map[string]any)
+		auth["ApiKeys"] = slices.DeleteFunc(slices.Clone(auth["ApiKeys"].([]any)), func(k any) bool { return k.(map[string]any)["Name"] == name })
+	}
 }
 
 // startCluster starts size nodes and waits until each one answers /health/ready
@@ -585,6 +612,26 @@ func (n *node) signal(sig os.Signal) {
 	if err := n.cmd.Process.Signal(sig); err != nil {
 		n.tb.Errorf("%v to %s: %v", sig, n.id, err)
 	}
+}
+
+// The lines by which a node says what came of SIGHUP.
+const (
+	readAgain    = `msg="configuration file read again"`
+	notReadAgain = `msg="the configuration file has a mistake; what was read before stays in effect"`
+)
+
+// reload has the node read its configuration again and returns what it logs of that.
+func (n *node) reload() (lines string) {
+	n.tb.Helper()
+	before := len(n.logged())
+	n.signal(syscall.SIGHUP)
+	until(n.tb, 10*time.Second, func() error {
+		if lines = n.logged()[before:]; !strings.Contains(lines, readAgain) && !strings.Contains(lines, notReadAgain) {
+			return fmt.Errorf("%s does not say that it has read its configuration again", n.id)
+		}
+		return nil
+	})
+	return lines
 }
 
 // ended expects the process to end within ten seconds with exit status 0.

@@ -34,7 +34,7 @@ type server struct {
 	cfg   *config
 	store *store
 	node  *raftNode
-	auth  *auth
+	auth  atomic.Pointer[auth] // replaced by keepKeys
 	log   *slog.Logger
 	mux   *http.ServeMux
 
@@ -51,11 +51,12 @@ const (
 	handedOver // new writes are redirected to the new leader
 )
 
-// A route is one method of one path. It has no form without a role, so an unprotected
-// route has to say so.
+// A route is one method of one path. It has no form without a role and a scope, so a route that is
+// open to everyone, or to a key that is limited to some namespaces, has to say so.
 type route struct {
 	method, pattern string
 	role            role
+	scope           scope
 	params          string // the query parameters it takes, separated by spaces
 	serve           func(*call) error
 }
@@ -66,27 +67,27 @@ const reads = " stale consistent"
 // routes is every route of the program.
 func (s *server) routes() []route {
 	return []route{
-		{"GET", "/api/v1/config/{ns}/{key...}", reader, "raw version wait" + reads, s.waits(entrySubject, s.getEntry)},
-		{"PUT", "/api/v1/config/{ns}/{key...}", admin, "raw type", s.putEntry},
-		{"DELETE", "/api/v1/config/{ns}/{key...}", admin, "", s.deleteEntry},
-		{"GET", "/api/v1/config/{ns}", reader, "prefix limit cursor wait" + reads, s.waits(namespaceSubject, s.listEntries)},
-		{"PATCH", "/api/v1/config/{ns}", admin, "", s.patchEntries},
-		{"GET", "/api/v1/namespaces", reader, "prefix limit cursor" + reads, s.listNamespaces},
-		{"GET", "/api/v1/namespaces/{ns}", reader, "wait" + reads, s.waits(namespaceSubject, s.getNamespace)},
-		{"PUT", "/api/v1/namespaces/{ns}", admin, "", s.putNamespace},
-		{"DELETE", "/api/v1/namespaces/{ns}", admin, "", s.deleteNamespace},
-		{"GET", "/api/v1/namespaces/{ns}/keys", reader, "prefix limit cursor wait" + reads, s.waits(namespaceSubject, s.listKeys)},
-		{"GET", "/api/v1/audit/{ns}", reader, "limit cursor key actor correlationId since" + reads, s.streamed(s.listAudit)},
-		{"GET", "/api/v1/audit", admin, "limit cursor key actor correlationId since" + reads, s.streamed(s.listAllAudit)},
-		{"GET", "/api/v1/verify", admin, "from to" + reads, s.verify},
-		{"GET", "/health", public, "", s.health},
-		{"GET", "/health/ready", public, "", s.ready},
+		{"GET", "/api/v1/config/{ns}/{key...}", reader, oneNamespace, "raw version wait" + reads, s.waits(entrySubject, s.getEntry)},
+		{"PUT", "/api/v1/config/{ns}/{key...}", admin, oneNamespace, "raw type", s.putEntry},
+		{"DELETE", "/api/v1/config/{ns}/{key...}", admin, oneNamespace, "", s.deleteEntry},
+		{"GET", "/api/v1/config/{ns}", reader, oneNamespace, "prefix limit cursor wait" + reads, s.waits(namespaceSubject, s.listEntries)},
+		{"PATCH", "/api/v1/config/{ns}", admin, oneNamespace, "", s.patchEntries},
+		{"GET", "/api/v1/namespaces", reader, ownNamespaces, "prefix limit cursor" + reads, s.listNamespaces},
+		{"GET", "/api/v1/namespaces/{ns}", reader, oneNamespace, "wait" + reads, s.waits(namespaceSubject, s.getNamespace)},
+		{"PUT", "/api/v1/namespaces/{ns}", admin, oneNamespace, "", s.putNamespace},
+		{"DELETE", "/api/v1/namespaces/{ns}", admin, oneNamespace, "", s.deleteNamespace},
+		{"GET", "/api/v1/namespaces/{ns}/keys", reader, oneNamespace, "prefix limit cursor wait" + reads, s.waits(namespaceSubject, s.listKeys)},
+		{"GET", "/api/v1/audit/{ns}", reader, oneNamespace, "limit cursor key actor correlationId since" + reads, s.streamed(s.listAudit)},
+		{"GET", "/api/v1/audit", admin, wholeStore, "limit cursor key actor correlationId since" + reads, s.streamed(s.listAllAudit)},
+		{"GET", "/api/v1/verify", admin, wholeStore, "from to" + reads, s.verify},
+		{"GET", "/health", public, noNamespace, "", s.health},
+		{"GET", "/health/ready", public, noNamespace, "", s.ready},
 	}
 }
 
 func newServer(cfg *config, st *store, n *raftNode, log *slog.Logger) *server {
-	s := &server{cfg: cfg, store: st, node: n, auth: newAuth(cfg.Auth.ApiKeys), log: log, mux: http.NewServeMux(),
-		ending: make(chan struct{}), watches: &st.watches}
+	s := &server{cfg: cfg, store: st, node: n, log: log, mux: http.NewServeMux(), ending: make(chan struct{}), watches: &st.watches}
+	s.auth.Store(newAuth(cfg.Auth.ApiKeys, nil))
 	methods := map[string]map[string]*route{}
 	for _, rt := range s.routes() {
 		if methods[rt.pattern] == nil {
@@ -261,7 +262,7 @@ func (s *server) answer(w http.ResponseWriter, r *http.Request, methods map[stri
 	c.finish(c.serve(methods, allow))
 }
 
-func (c *call) serve(methods map[string]*route, allow string) (err error) {
+func (c *call) serve(methods map[string]*route, allow string) error {
 	r := c.r
 	if methods == nil {
 		return errNotFound.because("there is no route %s", clip(r.URL.Path, 200))
@@ -285,10 +286,7 @@ func (c *call) serve(methods map[string]*route, allow string) (err error) {
 		c.w.Header().Set("Allow", allow)
 		return errMethodNotAllowed.because("%s is not for %s; allowed: %s", clip(r.Method, 20), r.Pattern, allow)
 	}
-	if c.who, err = c.s.auth.identify(r, c.route.role); err != nil {
-		if problemOf(err).kind == errUnauthorized {
-			c.w.Header().Set("WWW-Authenticate", `Bearer realm="confman"`)
-		}
+	if err := c.identify(); err != nil {
 		return err
 	}
 	if r.URL.RawQuery != "" {

@@ -28,7 +28,7 @@ func TestRequestLog(t *testing.T) {
 		w := newWriter(t, dir)
 		w.apply(set("app", "k", "v"))
 		s := newReader(t, w)
-		s.auth = newAuth([]apiKey{{Key: adminKey, Principal: "ops@test", Role: "admin"}, {Key: readerKey, Name: "Service", Role: "reader"}})
+		s.setKeys([]apiKey{{Key: adminKey, Principal: "ops@test", Role: "admin"}, {Key: readerKey, Name: "Service", Role: "reader"}})
 		var logged strings.Builder
 		s.log = slog.New(slog.NewJSONHandler(&logged, &slog.HandlerOptions{Level: slog.LevelDebug}))
 		const entry = "/api/v1/config/{ns}/{key...}"
@@ -95,7 +95,7 @@ func TestRequestLog(t *testing.T) {
 		r := httptest.NewRequest("PUT", keyPath("app", "k"), nil)
 		r.Header.Set("X-Correlation-Id", "id-of-PUT")
 		c := s.newCall(httptest.NewRecorder(), r)
-		c.route, c.who = &route{method: "PUT", pattern: entry, role: admin}, caller{"ops@test", admin}
+		c.route, c.who = &route{method: "PUT", pattern: entry, role: admin}, caller{principal: "ops@test", role: admin}
 		c.sawRevision(7)
 		c.w.WriteHeader(http.StatusCreated)
 		c.finish(nil)

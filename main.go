@@ -2,6 +2,7 @@
 // node of a small cluster, agrees by Raft and is used with curl.
 //
 //	confman [-config FILE] [-node ID] [-data DIR] [-log text|json]
+//	confman -keygen [key|secret]
 //
 // Without -config it is a cluster of one node on 127.0.0.1, with data in ./data and an
 // admin key that it makes and prints. README.md is the manual.
@@ -17,8 +18,7 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"crypto/rand"
-	"encoding/base64"
+	"crypto/sha256"
 	"errors"
 	"flag"
 	"fmt"
@@ -40,10 +40,12 @@ import (
 )
 
 func main() {
+	hup := make(chan os.Signal, 1) // first: until then the signal ends the process
+	signal.Notify(hup, syscall.SIGHUP)
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once
 
-	switch err := run(ctx, os.Args[1:], os.Stdout); {
+	switch err := run(ctx, hup, os.Args[1:], os.Stdout); {
 	case err == nil, errors.Is(err, flag.ErrHelp):
 	case errors.Is(err, errUsage):
 		fmt.Fprintf(os.Stderr, "confman: %s\n", flat(err))
@@ -59,15 +61,20 @@ func flat(err error) string { return strings.ReplaceAll(err.Error(), "\n", " ") 
 
 // run is the whole life of a node. It returns when ctx is cancelled and everything is
 // closed, or when something that the node cannot live without fails; then nothing is
-// closed, for the process is about to end and must not write any more.
-func run(ctx context.Context, args []string, stdout io.Writer) error {
+// closed, for the process is about to end and must not write any more. Each value from hup makes it
+// read the configuration file again.
+func run(ctx context.Context, hup <-chan os.Signal, args []string, stdout io.Writer) error {
 	syscall.Umask(0o077) // raft's snapshot store makes files for everyone
 	cfg, err := configure(args)
 	if err != nil {
 		return err
 	}
+	if cfg.keygen != "" {
+		return keygen(stdout, cfg.keygen)
+	}
 	log := cfg.logger()
 	slog.SetDefault(log)
+	cfg.warn(log)
 
 	// Listen first: it finds out whether this node runs already, and the others may call.
 	me := cfg.self()
@@ -129,6 +136,7 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 		ErrorLog:                     slog.NewLogLogger(log.Handler(), slog.LevelWarn),
 	}
 	s.serveNodes()
+	go s.keepKeys(hup)
 	served := make(chan error, 1)
 	go func() { served <- srv.Serve(api) }()
 	fmt.Fprintf(stdout, "listening http=%s raft=%s\n", api.Addr(), peers.Addr())
@@ -224,8 +232,11 @@ type config struct {
 		ApiKeys []apiKey
 	}
 
-	format string // of the log: text or json
-	keyIn  string // the made key's file; empty with a configuration file
+	args   []string // of the program
+	file   string   // empty without one
+	format string   // of the log: text or json
+	keyIn  string   // the made key's file; empty with a configuration file
+	keygen string   // what to print and be done, key or secret; empty: be a node
 }
 
 type nodeConfig struct {
@@ -234,16 +245,6 @@ type nodeConfig struct {
 	ApiPort  int
 	RaftPort int
 }
-
-type apiKey struct {
-	Key       string
-	Name      string
-	Principal string
-	Role      string
-}
-
-// actor is who the audit trail says did it.
-func (k apiKey) actor() string { return cmp.Or(k.Principal, k.Name) }
 
 // self is the node that this process is.
 func (c *config) self() nodeConfig {
@@ -295,6 +296,7 @@ func configure(args []string) (*config, error) {
 	id := flags.String("node", "", "`id` of this node, one of Cluster.Nodes")
 	data := flags.String("data", "", "`directory` of all data, in place of Storage.DataPath")
 	format := flags.String("log", "text", "`format` of the log on standard error: text or json")
+	generate := flags.Bool("keygen", false, "print a new API key and its line for the file and end; with the word secret, a new secret")
 	var said bytes.Buffer // its words go out as one line, like every mistake
 	flags.SetOutput(&said)
 	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
@@ -302,6 +304,16 @@ func configure(args []string) (*config, error) {
 		return nil, err
 	} else if err != nil {
 		return nil, mistaken("%v; -help lists the flags", err)
+	}
+	if *generate {
+		what := cmp.Or(flags.Arg(0), "key")
+		switch {
+		case flags.NFlag() > 1:
+			return nil, mistaken("-keygen goes with no other flag")
+		case flags.NArg() > 1 || what != "key" && what != "secret":
+			return nil, mistaken("-keygen %s: prints a key or a secret", strings.Join(flags.Args(), " "))
+		}
+		return &config{keygen: what}, nil
 	}
 	if flags.NArg() > 0 {
 		return nil, mistaken("unexpected argument %q; -help lists the flags", flags.Arg(0))
@@ -333,7 +345,7 @@ func configure(args []string) (*config, error) {
 		}
 		c.keyIn = "admin.key"
 	}
-	c.format = *format
+	c.args, c.file, c.format = args, *file, *format
 	c.Storage.DataPath = cmp.Or(*data, c.Storage.DataPath)
 	return c, nil
 }
@@ -363,6 +375,9 @@ func loadConfig(path, id string) (*config, error) {
 	if err != nil {
 		return nil, mistaken("%s: %s", path, explain(err, b))
 	}
+	if at, ok := firstNull(b); ok {
+		return nil, mistaken("%s: %s: null; leave it out, or give it a value", path, memberName(at))
+	}
 	c.Cluster.NodeId = cmp.Or(id, c.Cluster.NodeId)
 	if err := c.check(); err != nil {
 		return nil, mistaken("%s: %v", path, err)
@@ -370,27 +385,44 @@ func loadConfig(path, id string) (*config, error) {
 	return c, nil
 }
 
+// firstNull finds a member that is null. The decoder takes it for one that is missing, and a key
+// whose limits are missing has none.
+func firstNull(b []byte) (at jsontext.Pointer, ok bool) {
+	d := jsontext.NewDecoder(bytes.NewReader(b))
+	for {
+		tok, err := d.ReadToken()
+		if err != nil {
+			return "", false
+		}
+		if tok.Kind() == 'n' {
+			return d.StackPointer(), true
+		}
+	}
+}
+
+// memberName is a place in the file as the manual names it.
+func memberName(p jsontext.Pointer) string {
+	s := ""
+	for t := range p.Tokens() {
+		if _, err := strconv.Atoi(t); err == nil {
+			s += "[" + t + "]"
+		} else {
+			s += "." + t
+		}
+	}
+	return cmp.Or(strings.TrimPrefix(s, "."), "the document")
+}
+
 // explain says where in the file the decoder stumbled.
 func explain(err error, b []byte) string {
 	line := func(offset int64) int { return 1 + bytes.Count(b[:min(offset, int64(len(b)))], []byte("\n")) }
-	name := func(p jsontext.Pointer) string {
-		s := ""
-		for t := range p.Tokens() {
-			if _, err := strconv.Atoi(t); err == nil {
-				s += "[" + t + "]"
-			} else {
-				s += "." + t
-			}
-		}
-		return cmp.Or(strings.TrimPrefix(s, "."), "the document")
-	}
 	var sem *json.SemanticError
 	var syn *jsontext.SyntacticError
 	switch {
 	case errors.As(err, &sem):
-		at := fmt.Sprintf("line %d: %s", line(sem.ByteOffset), name(sem.JSONPointer))
+		at := fmt.Sprintf("line %d: %s", line(sem.ByteOffset), memberName(sem.JSONPointer))
 		switch {
-		case errors.Is(err, json.ErrUnknownName) && strings.EqualFold(name(sem.JSONPointer), "Cluster.members"):
+		case errors.Is(err, json.ErrUnknownName) && strings.EqualFold(memberName(sem.JSONPointer), "Cluster.members"):
 			return at + ": this form is no longer read; list the nodes in Cluster.Nodes"
 		case errors.Is(err, json.ErrUnknownName):
 			return at + ": unknown member"
@@ -398,7 +430,7 @@ func explain(err error, b []byte) string {
 		return fmt.Sprintf("%s: wrong kind of value (%s)", at, sem.JSONKind)
 	case errors.As(err, &syn):
 		if errors.Is(err, jsontext.ErrDuplicateName) {
-			return fmt.Sprintf("line %d: %s: given twice", line(syn.ByteOffset), name(syn.JSONPointer))
+			return fmt.Sprintf("line %d: %s: given twice", line(syn.ByteOffset), memberName(syn.JSONPointer))
 		}
 		return fmt.Sprintf("line %d: not JSON: %s", line(syn.ByteOffset), strings.TrimPrefix(syn.Err.Error(), "jsontext: "))
 	case errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, io.EOF):
@@ -479,25 +511,16 @@ func (c *config) check() error {
 	if len(c.Auth.ApiKeys) == 0 {
 		return errors.New("Auth.ApiKeys: missing; without a key nobody can use the API")
 	}
-	keys := map[string]int{}
-	for i, k := range c.Auth.ApiKeys {
-		at := fmt.Sprintf("Auth.ApiKeys[%d]", i)
-		if k.Key == "" || strings.TrimSpace(k.Key) != k.Key || strings.ContainsFunc(k.Key, func(r rune) bool { return r < ' ' || r > '~' }) {
-			return fmt.Errorf("%s.Key: missing, or not printable ASCII as a header needs", at)
+	keys := map[[sha256.Size]byte]int{}
+	for i := range c.Auth.ApiKeys {
+		digest, err := c.Auth.ApiKeys[i].check(fmt.Sprintf("Auth.ApiKeys[%d]", i))
+		if err != nil {
+			return err
 		}
-		if j, ok := keys[k.Key]; ok {
-			return fmt.Errorf("%s.Key: the same as that of Auth.ApiKeys[%d]", at, j)
+		if j, ok := keys[digest]; ok {
+			return fmt.Errorf("Auth.ApiKeys[%d].Key: the same key as that of Auth.ApiKeys[%d]", i, j)
 		}
-		keys[k.Key] = i
-		if k.actor() == "" {
-			return fmt.Errorf("%s.Name: missing, and so is Principal; the audit trail needs one", at)
-		}
-		if strings.ContainsFunc(k.actor(), isControl) {
-			return fmt.Errorf("%s.Principal: holds a control character", at)
-		}
-		if roles[k.Role] == public {
-			return fmt.Errorf("%s.Role: %q must be reader or admin", at, k.Role)
-		}
+		keys[digest] = i
 	}
 	return nil
 }
@@ -530,9 +553,7 @@ func (c *config) ownKey(dir string) (made bool, err error) {
 	c.keyIn = filepath.Join(dir, c.keyIn)
 	b, err := os.ReadFile(c.keyIn)
 	if os.IsNotExist(err) {
-		secret := make([]byte, 32)
-		rand.Read(secret)
-		b = []byte("cm_" + base64.RawURLEncoding.EncodeToString(secret) + "\n")
+		b = []byte(newKey() + "\n")
 		made, err = true, writeFileSync(c.keyIn, b)
 	}
 	if err != nil {

@@ -146,7 +146,8 @@ func (s *server) checkNamespace(c *call, tx *bbolt.Tx, cond condition) (n *names
 	return n, false, nil
 }
 
-// listNamespaces answers the namespaces in byte order of their names.
+// listNamespaces answers the namespaces in byte order of their names; a limited key sees its own,
+// and of the others not even that a page ends at one.
 func (s *server) listNamespaces(c *call) error {
 	limit, err := c.limit(1000, 10000)
 	if err != nil {
@@ -164,7 +165,7 @@ func (s *server) listNamespaces(c *call) error {
 	err = s.store.view(func(tx *bbolt.Tx) error {
 		return p.walk(tx.Bucket(bucketNamespaces), nil, []byte(c.q.Get("prefix")), after, 'n', func(k, rec []byte) ([]byte, error) {
 			n, err := parseNamespace(k, rec)
-			if err != nil || n.deleted {
+			if err != nil || n.deleted || !c.who.covers(string(k)) {
 				return nil, err
 			}
 			return n.appendTo(nil, string(k)), nil

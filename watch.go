@@ -118,12 +118,16 @@ func (s *server) waits(subject func(*call) string, read func(*call) error) func(
 		}
 		c.waiting = true
 		for {
+			if err := c.stillAllowed(); err != nil {
+				return err
+			}
 			if err := read(c); err != errUnchanged {
 				return err
 			}
 			c.waited = true
 			select {
 			case <-bell:
+			case <-c.who.over():
 			case <-timer.C:
 				c.waiting = false
 			case <-s.ending:
@@ -180,6 +184,8 @@ const (
 	// at, in bytes and events.
 	streamChunk = 256 << 10
 	streamScan  = 10_000
+	// refusedTime is how long a client may take what it was sent before its key lost the stream.
+	refusedTime = 500 * time.Millisecond
 )
 
 // streamed answers the trail as a stream where the client accepts one, else as a list.
@@ -252,11 +258,41 @@ func (s *server) stream(c *call, ns string) error {
 	h["Content-Type"] = []string{"text/event-stream"}
 	h["Cache-Control"] = []string{"no-store"}
 	h["X-Accel-Buffering"] = []string{"no"} // proxies that know it pass events on at once
+	if c.r.ProtoMajor == 1 {
+		h["Connection"] = []string{"close"} // the write deadline would outlast the stream
+	}
 	c.w.WriteHeader(http.StatusOK)
 	c.waited = true
 	rc := http.NewResponseController(c.w)
+	var mu sync.Mutex // guards final, and is held while the deadline is set
+	final := false    // the deadline is not set any more
+	// A client that does not take what it was sent keeps no stream that its key may not have.
+	cutRefused := func() func() bool {
+		return context.AfterFunc(c.who.held, func() {
+			if _, err := s.auth.Load().identify(c.r, c.route, c.ns); err == nil {
+				return
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			if !final {
+				final = true
+				rc.SetWriteDeadline(time.Now().Add(refusedTime))
+			}
+		})
+	}
+	release := cutRefused()
+	defer func() {
+		release()
+		mu.Lock()
+		defer mu.Unlock()
+		final = true
+	}()
 	send := func(b []byte) error {
-		rc.SetWriteDeadline(time.Now().Add(writeTime))
+		mu.Lock()
+		if !final {
+			rc.SetWriteDeadline(time.Now().Add(writeTime))
+		}
+		mu.Unlock()
 		if len(b) > 0 {
 			if _, err := c.w.Write(b); err != nil {
 				return err
@@ -274,6 +310,13 @@ func (s *server) stream(c *call, ns string) error {
 	defer tick.Stop()
 	for {
 		for more := true; more; {
+			if c.who.held.Err() != nil {
+				if c.identify() != nil {
+					return nil // the answer has begun; the next one says why
+				}
+				release()
+				release = cutRefused()
+			}
 			buf := getBuffer()
 			pos, more, err = s.collect(ns, pos, filter, buf)
 			if err == nil && len(*buf) > 0 {
@@ -291,6 +334,7 @@ func (s *server) stream(c *call, ns string) error {
 		}
 		select {
 		case <-bell:
+		case <-c.who.over():
 		case <-tick.C:
 			if err := send([]byte(": \n\n")); err != nil {
 				return errClosed.because("%v", err)
