@@ -23,24 +23,23 @@ const markForwarded = "Confman-Forwarded"
 // given up.
 const markDeadline = "Confman-Deadline"
 
-// markSource goes with it, too: the address of the client. It is believed on a connection
-// between nodes only.
+// markSource goes with it, too: the address of the client. It is believed on a connection on
+// which a node has proved to be one; else the address of that connection is what is known.
 const markSource = "Confman-Source"
 
-// betweenNodes marks the context of a request that came over the raft port.
+// betweenNodes is in the context of a request that came over the raft port: whether a node has
+// proved that it sent it.
 type betweenNodes struct{}
 
 // serveNodes lets the server answer what other nodes forward to this one.
 func (s *server) serveNodes() {
-	h := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		s.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), betweenNodes{}, true)))
-	})
+	h := http.HandlerFunc(s.ServeHTTP)
 	s.node.api.Store(&h)
 }
 
 // source is the address of the client.
 func (c *call) source() string {
-	if v := c.r.Header[markSource]; len(v) == 1 && net.ParseIP(v[0]) != nil && c.r.Context().Value(betweenNodes{}) != nil {
+	if v := c.r.Header[markSource]; len(v) == 1 && net.ParseIP(v[0]) != nil && c.r.Context().Value(betweenNodes{}) == true {
 		return v[0]
 	}
 	return clientIP(c.r)

@@ -30,6 +30,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -68,6 +69,8 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 	}
 	log := cfg.logger()
 	slog.SetDefault(log)
+	hangup := make(chan os.Signal, 1) // one that comes while the node starts waits
+	signal.Notify(hangup, syscall.SIGHUP)
 
 	// Listen first: it finds out whether this node runs already, and the others may call.
 	me := cfg.self()
@@ -133,6 +136,15 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 	go func() { served <- srv.Serve(api) }()
 	fmt.Fprintf(stdout, "listening http=%s raft=%s\n", api.Addr(), peers.Addr())
 	go cfg.greet(ctx, stdout, n, made)
+	go func() {
+		for range hangup {
+			if err := reload(cfg, n); err != nil {
+				log.Error("configuration not read again: what was before holds", "error", err)
+			} else {
+				log.Info("configuration read again")
+			}
+		}
+	}()
 
 	select {
 	case err := <-served:
@@ -151,6 +163,19 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 	case err = <-failed:
 	}
 	return err
+}
+
+// reload reads the configuration file again and takes over what can change while the node runs:
+// the cluster's secrets. On an error nothing changes.
+func reload(cfg *config, n *raftNode) error {
+	if cfg.file == "" {
+		return nil
+	}
+	c, err := loadConfig(cfg.file, cfg.Cluster.NodeId)
+	if err != nil {
+		return err
+	}
+	return n.setSecrets(c.secrets)
 }
 
 // maxHeader is how many bytes the head of a request may have.
@@ -205,6 +230,10 @@ type config struct {
 		RequestTimeout       int // how long a write may take
 		MaxStaleness         int // how far behind a plain read may be
 		Forward              bool
+		// Secret is what the nodes prove to each other that they have, see secret.go. Of Secrets,
+		// which stands in its place while it is changed, the first is shown and all are accepted.
+		Secret  *string
+		Secrets []string
 	}
 	Storage struct {
 		DataPath string
@@ -216,8 +245,10 @@ type config struct {
 		ApiKeys []apiKey
 	}
 
-	format string // of the log: text or json
-	keyIn  string // the made key's file; empty with a configuration file
+	format  string   // of the log: text or json
+	keyIn   string   // the made key's file; empty with a configuration file
+	file    string   // the configuration file; empty without one
+	secrets []secret // the cluster's, decoded by check
 }
 
 type nodeConfig struct {
@@ -316,6 +347,7 @@ func configure(args []string) (*config, error) {
 		if c, err = loadConfig(*file, *id); err != nil {
 			return nil, err
 		}
+		c.file = *file
 	} else {
 		c = defaults()
 		c.Cluster.NodeId = cmp.Or(*id, "node1")
@@ -462,6 +494,10 @@ func (c *config) check() error {
 	if cl.UpperElectionTimeout != 2*cl.LowerElectionTimeout {
 		return fmt.Errorf("Cluster.UpperElectionTimeout: %d must be twice LowerElectionTimeout, %d", cl.UpperElectionTimeout, 2*cl.LowerElectionTimeout)
 	}
+	var err error
+	if c.secrets, err = c.readSecrets(); err != nil {
+		return err
+	}
 	if c.Storage.DataPath == "" {
 		return errors.New("Storage.DataPath: empty; leave it out for ./data")
 	}
@@ -492,6 +528,18 @@ func (c *config) check() error {
 		}
 	}
 	return nil
+}
+
+// onLoopback reports whether no other machine can reach the nodes, as far as the file says.
+func (c *config) onLoopback() bool {
+	hosts := []string{cmp.Or(c.Cluster.Listen, "localhost")}
+	for _, n := range c.Cluster.Nodes {
+		hosts = append(hosts, n.Address)
+	}
+	return !slices.ContainsFunc(hosts, func(host string) bool {
+		ip := net.ParseIP(host)
+		return ip == nil && !strings.EqualFold(host, "localhost") || ip != nil && !ip.IsLoopback()
+	})
 }
 
 // checkHost refuses an address by which other nodes cannot find this one.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"path/filepath"
@@ -111,8 +112,12 @@ func startNode(cfg *config, dir string, st *store, ln net.Listener, logger *slog
 		return nil, err
 	}
 
-	n.port = newPort(n.id, ln, n.members)
+	n.port = newPort(n.id, ln, n.members, logger)
 	n.asker, n.forwards = newAsker(n.port, 8), newAsker(n.port, 256)
+	if err := n.setSecrets(cfg.secrets); err != nil {
+		return nil, err
+	}
+	go n.port.accept()
 	start := func(servers []raft.Server) error { return n.startRaft(newest, servers, hlog) }
 	n.tasks.Go(n.serveAsks)
 	n.tasks.Go(n.disk.watch)
@@ -133,6 +138,32 @@ func startNode(cfg *config, dir string, st *store, ln net.Listener, logger *slog
 		return nil
 	})
 	return n, nil
+}
+
+// setSecrets makes these the cluster's secrets for this node: the first is shown and all are
+// accepted, by new connections from now on; none is plain text. Connections by a secret that is not
+// among them are closed, and idle ones too, so that most of those by one that is shown no longer are
+// gone before it is taken away. On an error nothing changes.
+func (n *raftNode) setSecrets(secrets []secret) error {
+	ring, err := newKeyring(secrets, n.id, slices.Collect(maps.Keys(n.members)))
+	if err != nil {
+		return err
+	}
+	n.port.setRing(ring)
+	n.asker.CloseIdleConnections()
+	n.forwards.CloseIdleConnections()
+	if ring == nil && !n.cfg.onLoopback() {
+		n.log.Warn("the nodes talk in plain text: whoever reaches a Raft port owns the data; give the cluster a secret, Cluster.Secret")
+	}
+	return nil
+}
+
+// transport is how the nodes talk to each other, as /health/ready calls it.
+func (n *raftNode) transport() string {
+	if n.port.ring.Load() == nil {
+		return "plaintext"
+	}
+	return "tls"
 }
 
 // maxPool is how many idle connections raft keeps to each node.
