@@ -27,8 +27,8 @@ const markDeadline = "Confman-Deadline"
 // which a node has proved to be one; else the address of that connection is what is known.
 const markSource = "Confman-Source"
 
-// betweenNodes is in the context of a request that came over the raft port: whether a node has
-// proved that it sent it.
+// betweenNodes is the key, in the context of a request that came over the raft port, of its
+// *peerConn.
 type betweenNodes struct{}
 
 // serveNodes lets the server answer what other nodes forward to this one.
@@ -39,8 +39,10 @@ func (s *server) serveNodes() {
 
 // source is the address of the client.
 func (c *call) source() string {
-	if v := c.r.Header[markSource]; len(v) == 1 && net.ParseIP(v[0]) != nil && c.r.Context().Value(betweenNodes{}) == true {
-		return v[0]
+	if v := c.r.Header[markSource]; len(v) == 1 && net.ParseIP(v[0]) != nil {
+		if peer, ok := c.r.Context().Value(betweenNodes{}).(*peerConn); ok && peer.key != "" {
+			return v[0]
+		}
 	}
 	return clientIP(c.r)
 }
@@ -140,7 +142,7 @@ func (s *server) forward(c *call, leader string) error {
 	req.Header[markDeadline] = []string{strconv.FormatInt(until, 10)}
 	var connected atomic.Bool // from then on it may be on its way
 	trace := &httptrace.ClientTrace{GotConn: func(httptrace.GotConnInfo) { connected.Store(true) }}
-	resp, err := s.node.forwards.RoundTrip(req.WithContext(httptrace.WithClientTrace(ctx, trace)))
+	resp, err := s.node.forwards.Load().RoundTrip(req.WithContext(httptrace.WithClientTrace(ctx, trace)))
 	if err != nil {
 		// Only what was not written at all is sent a second time, so a call that then fails says
 		// that nothing was sent.

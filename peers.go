@@ -137,10 +137,10 @@ func (p *port) dismiss(c net.Conn) bool {
 // sort finds out who is at the other end of a connection, reads the first byte and hands it to its
 // protocol.
 func (p *port) sort(raw net.Conn) {
-	c := &peerConn{Conn: raw, raw: raw, port: p}
+	c := &peerConn{Conn: raw, raw: raw, port: p, ring: p.ring.Load()}
 	raw.SetDeadline(time.Now().Add(firstByteTime))
-	if ring := p.ring.Load(); ring != nil {
-		err := c.prove(ring)
+	if c.ring != nil {
+		err := c.prove()
 		if !p.dismiss(raw) {
 			err = errCrowded
 		}
@@ -248,14 +248,15 @@ type peerConn struct {
 	net.Conn // TLS, or raw
 	raw      net.Conn
 	port     *port
-	key      string // the public key that the other end has proved; "" in plain text
+	ring     *keyring // by which it was made
+	key      string   // the public key that the other end has proved; "" in plain text
 	first    []byte
 }
 
 // prove is the accepting end's handshake.
-func (c *peerConn) prove(ring *keyring) error {
+func (c *peerConn) prove() error {
 	r := &rationed{Conn: c.raw, left: helloBytes}
-	t := tls.Server(r, ring.config(func(node string) bool { return node != c.port.id }))
+	t := tls.Server(r, c.ring.config(func(node string) bool { return node != c.port.id }))
 	if err := t.Handshake(); err != nil {
 		return err
 	}
@@ -337,10 +338,10 @@ func (p *port) dial(ctx context.Context, id string) (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &peerConn{Conn: raw, raw: raw, port: p}
-	if ring := p.ring.Load(); ring != nil {
+	c := &peerConn{Conn: raw, raw: raw, port: p, ring: p.ring.Load()}
+	if c.ring != nil {
 		stop := context.AfterFunc(ctx, func() { raw.Close() })
-		t := tls.Client(raw, ring.config(func(node string) bool { return node == id }))
+		t := tls.Client(raw, c.ring.config(func(node string) bool { return node == id }))
 		if err = t.Handshake(); err == nil {
 			_, err = io.ReadFull(t, make([]byte, len(welcome)))
 		}
@@ -481,10 +482,19 @@ func (n *raftNode) answers() http.Handler {
 
 // serveAsks answers the other nodes until the node stops.
 func (n *raftNode) serveAsks() error {
-	srv := &http.Server{Handler: n.answers(), ReadHeaderTimeout: firstByteTime, MaxHeaderBytes: maxHeader, IdleTimeout: peerIdle,
+	answers := n.answers()
+	h := func(w http.ResponseWriter, r *http.Request) {
+		// When the secrets have changed, connections end behind an answer rather than in the middle
+		// of a write that was passed on, when they are closed.
+		if c := r.Context().Value(betweenNodes{}).(*peerConn); c.ring != n.port.ring.Load() {
+			w.Header()["Connection"] = []string{"close"}
+		}
+		answers.ServeHTTP(w, r)
+	}
+	srv := &http.Server{Handler: http.HandlerFunc(h), ReadHeaderTimeout: firstByteTime, MaxHeaderBytes: maxHeader, IdleTimeout: peerIdle,
 		ErrorLog: slog.NewLogLogger(n.log.Handler(), slog.LevelWarn),
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
-			return context.WithValue(ctx, betweenNodes{}, c.(*peerConn).key != "")
+			return context.WithValue(ctx, betweenNodes{}, c)
 		}}
 	context.AfterFunc(n.ctx, func() { srv.Close() })
 	ended, end := context.WithCancel(context.Background())
@@ -522,7 +532,7 @@ func (n *raftNode) ask(ctx context.Context, id, path string, want int) ([]uint64
 	if err != nil {
 		return nil, err
 	}
-	resp, err := n.asker.RoundTrip(req)
+	resp, err := n.asker.Load().RoundTrip(req)
 	if err != nil {
 		return nil, fmt.Errorf("ask node %s for %s: %w", id, path, err)
 	}

@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -35,7 +36,7 @@ type raftNode struct {
 	disk            *disk
 	members         map[string]peer                  // by node id
 	port            *port                            // raft's connections and the nodes' questions to each other
-	asker, forwards *http.Transport                  // for questions, and for writes passed on
+	asker, forwards atomic.Pointer[http.Transport]   // for questions, and for writes passed on
 	api             atomic.Pointer[http.HandlerFunc] // nil until the server is there
 
 	identity uint64 // of the data directory, see join.go
@@ -113,7 +114,6 @@ func startNode(cfg *config, dir string, st *store, ln net.Listener, logger *slog
 	}
 
 	n.port = newPort(n.id, ln, n.members, logger)
-	n.asker, n.forwards = newAsker(n.port, 8), newAsker(n.port, 256)
 	if err := n.setSecrets(cfg.secrets); err != nil {
 		return nil, err
 	}
@@ -142,16 +142,22 @@ func startNode(cfg *config, dir string, st *store, ln net.Listener, logger *slog
 
 // setSecrets makes these the cluster's secrets for this node: the first is shown and all are
 // accepted, by new connections from now on; none is plain text. Connections by a secret that is not
-// among them are closed, and idle ones too, so that most of those by one that is shown no longer are
-// gone before it is taken away. On an error nothing changes.
+// among them are closed. The others end as soon as they are idle, so that those by a secret that is
+// shown no longer are gone before it is taken away. On an error nothing changes.
 func (n *raftNode) setSecrets(secrets []secret) error {
 	ring, err := newKeyring(secrets, n.id, slices.Collect(maps.Keys(n.members)))
 	if err != nil {
 		return err
 	}
-	n.port.setRing(ring)
-	n.asker.CloseIdleConnections()
-	n.forwards.CloseIdleConnections()
+	if n.asker.Load() == nil || !reflect.DeepEqual(ring, n.port.ring.Load()) {
+		n.port.setRing(ring)
+		for clients, idle := range map[*atomic.Pointer[http.Transport]]int{&n.asker: 8, &n.forwards: 256} {
+			// One whose idle connections were closed keeps none that becomes idle, until it is used.
+			if old := clients.Swap(newAsker(n.port, idle)); old != nil {
+				old.CloseIdleConnections()
+			}
+		}
+	}
 	if ring == nil && !n.cfg.onLoopback() {
 		n.log.Warn("the nodes talk in plain text: whoever reaches a Raft port owns the data; give the cluster a secret, Cluster.Secret")
 	}
