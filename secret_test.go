@@ -558,6 +558,33 @@ func TestRotation(t *testing.T) {
 	c.ready()
 }
 
+// TestFirstSecret gives a running cluster a secret, as the manual says.
+func TestFirstSecret(t *testing.T) {
+	t.Parallel()
+	c := startCluster(t, 3, plaintext)
+	n := c.nodes[0]
+	n.put(t, "app", "k", "before")
+	if a, err := question(portOf(t, another(n), c.nodes), n.id, "GET", "/term", ""); err != nil || a.status != http.StatusOK {
+		t.Errorf("a question in plain text: %v, %v", a, err)
+	}
+	c.rewrite(with("Cluster", "Secret", clusterSecret))
+	for _, n := range c.nodes {
+		n.reread(t, `msg="configuration read again"`)
+	}
+	for _, n := range c.nodes {
+		until(t, 15*time.Second, func() error {
+			if code, st, err := n.status(); err != nil || code != http.StatusOK || st.Transport != "tls" {
+				return fmt.Errorf("%s: %d %+v, %v", n.id, code, st, err)
+			}
+			return nil
+		})
+		n.put(t, "app", "k", n.id)
+		if a, err := question(portOf(t, another(n), c.nodes), n.id, "GET", "/term", ""); err == nil {
+			t.Errorf("%s answers plain text still: %v", n.id, a)
+		}
+	}
+}
+
 // TestTransport: a node says in /health/ready how the nodes talk to each other, and warns at each start
 // where others than this machine could hear it in plain text.
 func TestTransport(t *testing.T) {
