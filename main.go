@@ -70,7 +70,9 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 	log := cfg.logger()
 	slog.SetDefault(log)
 	hangup := make(chan os.Signal, 1) // one that comes while the node starts waits
-	signal.Notify(hangup, syscall.SIGHUP)
+	if cfg.file != "" {               // else it ends the process, as it does when a terminal is closed
+		signal.Notify(hangup, syscall.SIGHUP)
+	}
 
 	// Listen first: it finds out whether this node runs already, and the others may call.
 	me := cfg.self()
@@ -168,9 +170,6 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 // reload reads the configuration file again and takes over what can change while the node runs:
 // the cluster's secrets. On an error nothing changes.
 func reload(cfg *config, n *raftNode) error {
-	if cfg.file == "" {
-		return nil
-	}
 	c, err := loadConfig(cfg.file, cfg.Cluster.NodeId)
 	if err != nil {
 		return err

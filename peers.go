@@ -206,7 +206,8 @@ func (p *port) refuse(c net.Conn, err error) {
 	}
 	p.mu.Unlock()
 	if !quiet {
-		p.log.Warn("connections to the Raft port refused", "count", count, "source", c.RemoteAddr().String(), "error", err)
+		host, _, _ := net.SplitHostPort(c.RemoteAddr().String())
+		p.log.Warn("connections to the Raft port refused", "count", count, "source", host, "error", err)
 	}
 }
 
@@ -323,7 +324,7 @@ func (s raftStream) Dial(id raft.ServerAddress, timeout time.Duration) (net.Conn
 	return s.dial(ctx, string(id))
 }
 
-// dial calls a node on its raft port. Where the cluster has a secret, it returns when either end has
+// dial calls a node on its raft port. Where the cluster has a secret, it returns when each end has
 // proved to the other which node it is. Any error is a *net.OpError of dial or says that there is no
 // such node.
 func (p *port) dial(ctx context.Context, id string) (net.Conn, error) {

@@ -75,7 +75,6 @@ func TestSecretForms(t *testing.T) {
 		{`"Secret": ""`, "Cluster.Secret: "},
 		{`"Secret": "` + canary + `"`, "Cluster.Secret: "},
 		{`"Secret": "` + hex.EncodeToString(raw[:31]) + `"`, "Cluster.Secret: 31 bytes"},
-		{`"Secret": "` + hex.EncodeToString(raw[:31]) + `"`, "Cluster.Secret: 31 bytes"},
 		// As base64 these 60 letters would be 45 bytes.
 		{`"Secret": "` + hex.EncodeToString(raw[:30]) + `"`, "Cluster.Secret: 30 bytes"},
 		{`"Secret": "` + base64.StdEncoding.EncodeToString(raw[:31]) + `"`, "Cluster.Secret: 31 bytes"},
@@ -236,13 +235,16 @@ func TestRaftPort(t *testing.T) {
 	for _, n := range c.nodes {
 		small[n] = resident(t, n)
 	}
-	most := 0
+	most, allowed := 0, 64<<20
+	if raced {
+		allowed *= 4
+	}
 	grown := func(during string) {
 		t.Helper()
 		for n, was := range small {
 			if n != follower { // which is started anew
 				now := resident(t, n)
-				if most = max(most, now-was); now-was > 64<<20 {
+				if most = max(most, now-was); now-was > allowed {
 					t.Errorf("%s: %s has %d MB, it had %d", during, n.id, now>>20, was>>20)
 				}
 			}
