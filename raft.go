@@ -380,8 +380,11 @@ func (n *raftNode) Close() error {
 	n.stop()
 	err := n.tasks.Wait() // first: one of them may be about to start raft
 	if r := n.raft.Load(); r != nil {
-		err = errors.Join(err, r.Shutdown().Error())
-		n.trans.Close() // and with it the port
+		over := r.Shutdown()
+		// And with it the port. Shutdown waits for what this node has asked others, and one that stops too
+		// waits for what it has asked here: they are told that there is no answer.
+		n.trans.Close()
+		err = errors.Join(err, over.Error())
 	} else {
 		n.port.Close()
 	}
