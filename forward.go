@@ -23,25 +23,26 @@ const markForwarded = "Confman-Forwarded"
 // given up.
 const markDeadline = "Confman-Deadline"
 
-// markSource goes with it, too: the address of the client. It is believed on a connection
-// between nodes only.
+// markSource goes with it, too: the address of the client. It is believed on a connection on
+// which a node has proved to be one; else the address of that connection is what is known.
 const markSource = "Confman-Source"
 
-// betweenNodes marks the context of a request that came over the raft port.
+// betweenNodes is the key, in the context of a request that came over the raft port, of its
+// *peerConn.
 type betweenNodes struct{}
 
 // serveNodes lets the server answer what other nodes forward to this one.
 func (s *server) serveNodes() {
-	h := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		s.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), betweenNodes{}, true)))
-	})
+	h := http.HandlerFunc(s.ServeHTTP)
 	s.node.api.Store(&h)
 }
 
 // source is the address of the client.
 func (c *call) source() string {
-	if v := c.r.Header[markSource]; len(v) == 1 && net.ParseIP(v[0]) != nil && c.r.Context().Value(betweenNodes{}) != nil {
-		return v[0]
+	if v := c.r.Header[markSource]; len(v) == 1 && net.ParseIP(v[0]) != nil {
+		if peer, ok := c.r.Context().Value(betweenNodes{}).(*peerConn); ok && peer.key != "" {
+			return v[0]
+		}
 	}
 	return clientIP(c.r)
 }
@@ -141,7 +142,7 @@ func (s *server) forward(c *call, leader string) error {
 	req.Header[markDeadline] = []string{strconv.FormatInt(until, 10)}
 	var connected atomic.Bool // from then on it may be on its way
 	trace := &httptrace.ClientTrace{GotConn: func(httptrace.GotConnInfo) { connected.Store(true) }}
-	resp, err := s.node.forwards.RoundTrip(req.WithContext(httptrace.WithClientTrace(ctx, trace)))
+	resp, err := s.node.forwards.Load().RoundTrip(req.WithContext(httptrace.WithClientTrace(ctx, trace)))
 	if err != nil {
 		// Only what was not written at all is sent a second time, so a call that then fails says
 		// that nothing was sent.

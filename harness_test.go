@@ -44,6 +44,13 @@ const (
 // goroutinesLine begins the line by which a node of the tests answers SIGUSR1.
 const goroutinesLine = "goroutines: "
 
+// The secret of every test cluster of more than one node, so that whatever is tested is tested with
+// TLS between the nodes. No log line may hold it either.
+const clusterSecret = "nQ1uZ7cXf0vK3tYb8mHdLw5RgPjE2sAoI9xVyUeT6kM"
+
+// plaintext is the edit for clusters whose nodes talk in plain text.
+func plaintext(doc map[string]any) { delete(doc["Cluster"].(map[string]any), "Secret") }
+
 // TestMain lets the test binary be a node. node.start runs it again with
 // CONFMAN_NODE set; main then sees an ordinary command line. A node reads
 // standard input only to notice that the tests are gone, however they went.
@@ -242,6 +249,9 @@ func newCluster(tb testing.TB, size int, edits ...edit) *cluster {
 			map[string]any{"Key": readerKey, "Name": "Service", "Principal": "svc@test", "Role": "reader"},
 		}},
 	}
+	if size > 1 {
+		with("Cluster", "Secret", clusterSecret)(c.doc)
+	}
 	c.configure(edits...)
 	tb.Cleanup(c.dispose)
 	tb.Cleanup(c.finish) // runs first; whatever it finds, dispose still runs
@@ -419,7 +429,7 @@ func (c *cluster) dispose() {
 	}
 	for _, n := range c.nodes {
 		text := n.logged()
-		for _, bad := range []string{"panic:", "fatal error:", "DATA RACE", adminKey, readerKey} {
+		for _, bad := range []string{"panic:", "fatal error:", "DATA RACE", adminKey, readerKey, clusterSecret} {
 			if strings.Contains(text, bad) {
 				c.tb.Errorf("the log of %s holds %q", n.id, bad)
 			}
@@ -690,9 +700,9 @@ func (n *node) logged() string {
 
 // readyDoc is the answer of /health/ready, whatever its status.
 type readyDoc struct {
-	Status, Node, Role, Leader, LeaderID, Hash, Reason string
-	Term, Revision                                     uint64
-	StalenessMs                                        int64
+	Status, Node, Role, Leader, LeaderID, Hash, Transport, Reason string
+	Term, Revision                                                uint64
+	StalenessMs                                                   int64
 }
 
 // status asks /health/ready once.

@@ -36,6 +36,7 @@ func init() {
 
 // A link is the road on which one node calls another's Raft port. What it holds back
 // is not lost, as with a network that is cut and mended: it arrives late, in order.
+// It knows calls apart only where the nodes talk in plain text.
 type link struct {
 	ln net.Listener
 

@@ -30,6 +30,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -141,7 +142,6 @@ func run(ctx context.Context, hup <-chan os.Signal, args []string, stdout io.Wri
 	go func() { served <- srv.Serve(api) }()
 	fmt.Fprintf(stdout, "listening http=%s raft=%s\n", api.Addr(), peers.Addr())
 	go cfg.greet(ctx, stdout, n, made)
-
 	select {
 	case err := <-served:
 		return fmt.Errorf("serve %s: %w", api.Addr(), err)
@@ -221,6 +221,10 @@ type config struct {
 		RequestTimeout       int // how long a write may take
 		MaxStaleness         int // how far behind a plain read may be
 		Forward              bool
+		// Secret is what the nodes prove to each other that they have, see secret.go. Of Secrets,
+		// which stands in its place while it is changed, the first is shown and all are accepted.
+		Secret  *string
+		Secrets []string
 	}
 	Storage struct {
 		DataPath string
@@ -232,11 +236,12 @@ type config struct {
 		ApiKeys []apiKey
 	}
 
-	args   []string // of the program
-	file   string   // empty without one
-	format string   // of the log: text or json
-	keyIn  string   // the made key's file; empty with a configuration file
-	keygen string   // what to print and be done, key or secret; empty: be a node
+	args    []string // of the program
+	file    string   // empty without one
+	format  string   // of the log: text or json
+	keyIn   string   // the made key's file; empty with a configuration file
+	keygen  string   // what to print and be done, key or secret; empty: be a node
+	secrets []secret // the cluster's, decoded by check
 }
 
 type nodeConfig struct {
@@ -336,6 +341,7 @@ func configure(args []string) (*config, error) {
 		if c, err = loadConfig(*file, *id); err != nil {
 			return nil, err
 		}
+		c.file = *file
 	} else {
 		c = defaults()
 		c.Cluster.NodeId = cmp.Or(*id, "node1")
@@ -502,6 +508,10 @@ func (c *config) check() error {
 	if cl.UpperElectionTimeout != 2*cl.LowerElectionTimeout {
 		return fmt.Errorf("Cluster.UpperElectionTimeout: %d must be twice LowerElectionTimeout, %d", cl.UpperElectionTimeout, 2*cl.LowerElectionTimeout)
 	}
+	var err error
+	if c.secrets, err = c.readSecrets(); err != nil {
+		return err
+	}
 	if c.Storage.DataPath == "" {
 		return errors.New("Storage.DataPath: empty; leave it out for ./data")
 	}
@@ -523,6 +533,18 @@ func (c *config) check() error {
 		keys[digest] = i
 	}
 	return nil
+}
+
+// onLoopback reports whether no other machine can reach the nodes, as far as the file says.
+func (c *config) onLoopback() bool {
+	hosts := []string{cmp.Or(c.Cluster.Listen, "localhost")}
+	for _, n := range c.Cluster.Nodes {
+		hosts = append(hosts, n.Address)
+	}
+	return !slices.ContainsFunc(hosts, func(host string) bool {
+		ip := net.ParseIP(host)
+		return ip == nil && !strings.EqualFold(host, "localhost") || ip != nil && !ip.IsLoopback()
+	})
 }
 
 // checkHost refuses an address by which other nodes cannot find this one.

@@ -3,17 +3,21 @@ package main
 import (
 	"bufio"
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -21,32 +25,51 @@ import (
 
 // A port is a node's raft port. Two protocols share it, told apart by a connection's first
 // byte: raft's messages begin with one below 0x10, and the questions that nodes ask each
-// other are HTTP, which begins with a letter.
+// other are HTTP, which begins with a letter. Where the cluster has a secret, both are inside TLS,
+// and neither sees a byte before the other end has proved to be a node of this cluster.
 type port struct {
 	id      string
 	ln      net.Listener
+	log     *slog.Logger
 	members map[string]peer // by node id; where to call them
 	raft    chan net.Conn
 	http    chan net.Conn
 	closed  chan struct{}
 	once    sync.Once
-	waiting chan struct{} // a token for each connection whose first byte is not here yet
-	open    atomic.Bool   // raft has started and takes connections
+	open    atomic.Bool             // raft has started and takes connections
+	ring    atomic.Pointer[keyring] // nil: plain text. It is changed by setRing
+
+	mu        sync.Mutex         // guards the rest
+	strangers []net.Conn         // those of which nothing is known yet, the oldest first
+	live      map[*peerConn]bool // those that are in use
+	refused   int                // since the log last spoke of it
+	told      time.Time          // when that was
 }
 
 const (
+	// firstByteTime is how long a stranger may take to say who he is: a handshake, or in plain
+	// text the first byte. It is how long a call of another node may take to get there, too.
 	firstByteTime = 5 * time.Second
-	// maxWaiting bounds what strangers who connect and say nothing can hold open.
-	maxWaiting = 256
+	// maxStrangers is how many may be at that at once. It bounds what those who connect and say
+	// nothing hold open: together with helloBytes, to some 10 MB.
+	maxStrangers = 256
+	// helloBytes is how much a stranger may send before he has proved who he is. A node needs
+	// less than 3 KiB, and TLS by itself allows 256 KiB for a certificate.
+	helloBytes = 16 << 10
+	// peerIdle is how long a connection between nodes may be idle, which its callers use for half
+	// as long.
+	peerIdle = 2 * time.Minute
+	// refusalPause is between two lines about refused connections, with which strangers could
+	// otherwise fill the log.
+	refusalPause = 10 * time.Second
 )
 
-func newPort(id string, ln net.Listener, members map[string]peer) *port {
-	p := &port{
-		id: id, ln: ln, members: members, raft: make(chan net.Conn), http: make(chan net.Conn),
-		closed: make(chan struct{}), waiting: make(chan struct{}, maxWaiting),
+// newPort makes a port. Nothing is accepted before accept runs.
+func newPort(id string, ln net.Listener, members map[string]peer, log *slog.Logger) *port {
+	return &port{
+		id: id, ln: ln, log: log, members: members, raft: make(chan net.Conn), http: make(chan net.Conn),
+		closed: make(chan struct{}), live: map[*peerConn]bool{},
 	}
-	go p.accept()
-	return p
 }
 
 // accept runs until the port is closed.
@@ -61,25 +84,92 @@ func (p *port) accept() {
 			time.Sleep(10 * time.Millisecond) // out of descriptors, most likely; others may give some back
 			continue
 		}
-		select {
-		case p.waiting <- struct{}{}:
-			go p.sort(c)
-		default:
-			c.Close()
-		}
+		p.admit(c)
+		go p.sort(c)
 	}
 }
 
-// sort reads a connection's first byte and hands it to its protocol.
-func (p *port) sort(c net.Conn) {
-	defer func() { <-p.waiting }()
-	var first [1]byte
-	c.SetReadDeadline(time.Now().Add(firstByteTime))
-	if _, err := io.ReadFull(c, first[:]); err != nil {
+// admit counts a connection among the strangers. Where there are too many, one is closed: the
+// oldest of the address that has the most. So whoever fills the port with connections that say
+// nothing loses his own first, from the nodes' own addresses too: a node that calls is the newest
+// there, and needs two ways through the network before as many others as are let in come behind it.
+// A limit that refused the newest would shut out the nodes.
+func (p *port) admit(c net.Conn) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if len(p.strangers) == maxStrangers {
+		count, most := map[netip.Prefix]int{}, 0
+		for _, s := range p.strangers {
+			count[neighbours(s)]++
+			most = max(most, count[neighbours(s)])
+		}
+		i := slices.IndexFunc(p.strangers, func(s net.Conn) bool { return count[neighbours(s)] == most })
+		p.strangers[i].Close() // its own sort does the rest
+		p.strangers = slices.Delete(p.strangers, i, i+1)
+	}
+	p.strangers = append(p.strangers, c)
+}
+
+// neighbours is what counts as one address: with IPv6 the network of 64 bits that a machine is
+// usually given.
+func neighbours(c net.Conn) netip.Prefix {
+	at, _ := netip.ParseAddrPort(c.RemoteAddr().String())
+	ip := at.Addr().Unmap().WithZone("")
+	bits := ip.BitLen()
+	if ip.Is6() {
+		bits = 64
+	}
+	prefix, _ := ip.Prefix(bits)
+	return prefix
+}
+
+// dismiss takes a connection from the strangers; false if admit has closed it.
+func (p *port) dismiss(c net.Conn) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	i := slices.Index(p.strangers, c)
+	if i >= 0 {
+		p.strangers = slices.Delete(p.strangers, i, i+1)
+	}
+	return i >= 0
+}
+
+// sort finds out who is at the other end of a connection, reads the first byte and hands it to its
+// protocol.
+func (p *port) sort(raw net.Conn) {
+	c := &peerConn{Conn: raw, raw: raw, port: p, ring: p.ring.Load()}
+	raw.SetDeadline(time.Now().Add(firstByteTime))
+	if c.ring != nil {
+		err := c.prove()
+		if !p.dismiss(raw) {
+			err = errCrowded
+		}
+		if err == nil {
+			err = p.keep(c)
+		}
+		if err == nil {
+			_, err = c.Conn.Write(welcome)
+		}
+		if err != nil {
+			c.Close()
+			p.refuse(raw, err)
+			return
+		}
+		raw.SetDeadline(time.Now().Add(peerIdle))
+	} else if err := p.keep(c); err != nil {
+		p.dismiss(raw)
 		c.Close()
 		return
 	}
-	c.SetReadDeadline(time.Time{})
+	var first [1]byte
+	_, err := io.ReadFull(c.Conn, first[:])
+	p.dismiss(raw) // again, after TLS, does nothing
+	if err != nil {
+		c.Close()
+		return
+	}
+	raw.SetDeadline(time.Time{})
+	c.first = first[:]
 	to := p.raft
 	if first[0] >= 0x10 {
 		to = p.http
@@ -88,9 +178,61 @@ func (p *port) sort(c net.Conn) {
 		return
 	}
 	select {
-	case to <- &sorted{Conn: c, first: first[:]}:
+	case to <- c:
 	case <-p.closed:
 		c.Close()
+	}
+}
+
+// welcome is what a node sends to one that has proved who it is. TLS 1.3 itself lets the caller
+// begin before it knows whether it was taken: a write that it forwards then would be of unknown
+// outcome, rather than not sent.
+var welcome = []byte{0}
+
+var errCrowded = fmt.Errorf("more than %d connections wait to be known", maxStrangers)
+
+// refuse says in the log that a connection was refused, from time to time. Who just went away is
+// not worth it.
+func (p *port) refuse(c net.Conn, err error) {
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) {
+		return
+	}
+	p.mu.Lock()
+	p.refused++
+	count := p.refused
+	quiet := time.Since(p.told) < refusalPause
+	if !quiet {
+		p.refused, p.told = 0, time.Now()
+	}
+	p.mu.Unlock()
+	if !quiet {
+		host, _, _ := net.SplitHostPort(c.RemoteAddr().String())
+		p.log.Warn("connections to the Raft port refused", "count", count, "source", host, "error", err)
+	}
+}
+
+// keep notes a connection as one in use. Its error says that the secrets have changed meanwhile.
+func (p *port) keep(c *peerConn) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !p.ring.Load().knows(c.key) {
+		return errors.New("the cluster's secrets have just changed")
+	}
+	p.live[c] = true
+	return nil
+}
+
+// setRing makes k what the port shows and accepts from now on; nil is plain text. A connection
+// whose other end has proved itself by what is no longer accepted is closed.
+func (p *port) setRing(k *keyring) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.ring.Store(k)
+	for c := range p.live {
+		if !k.knows(c.key) {
+			c.raw.Close() // whoever uses it finds out; a goodbye by TLS could wait
+			delete(p.live, c)
+		}
 	}
 }
 
@@ -101,19 +243,62 @@ func (p *port) Close() error {
 	return err
 }
 
-// A sorted connection gives its first byte back before the rest.
-type sorted struct {
-	net.Conn
-	first []byte
+// A peerConn is a connection of a port, accepted or called. It gives the byte that was read of it
+// back before the rest.
+type peerConn struct {
+	net.Conn // TLS, or raw
+	raw      net.Conn
+	port     *port
+	ring     *keyring // by which it was made
+	key      string   // the public key that the other end has proved; "" in plain text
+	first    []byte
 }
 
-func (c *sorted) Read(b []byte) (int, error) {
+// prove is the accepting end's handshake.
+func (c *peerConn) prove() error {
+	r := &rationed{Conn: c.raw, left: helloBytes}
+	t := tls.Server(r, c.ring.config(func(node string) bool { return node != c.port.id }))
+	if err := t.Handshake(); err != nil {
+		return err
+	}
+	r.left = -1
+	c.Conn, c.key = t, provedKey(t.ConnectionState())
+	return nil
+}
+
+func (c *peerConn) Read(b []byte) (int, error) {
 	if len(c.first) > 0 {
 		n := copy(b, c.first)
 		c.first = c.first[n:]
 		return n, nil
 	}
 	return c.Conn.Read(b)
+}
+
+// Close implements net.Conn.
+func (c *peerConn) Close() error {
+	c.port.mu.Lock()
+	delete(c.port.live, c)
+	c.port.mu.Unlock()
+	return c.Conn.Close()
+}
+
+// A rationed connection gives left bytes at most; any number if that is negative.
+type rationed struct {
+	net.Conn
+	left int
+}
+
+func (c *rationed) Read(b []byte) (int, error) {
+	if c.left < 0 {
+		return c.Conn.Read(b)
+	}
+	if c.left == 0 {
+		return 0, fmt.Errorf("more than %d bytes before the handshake ended", helloBytes)
+	}
+	n, err := c.Conn.Read(b[:min(len(b), c.left)])
+	c.left -= n
+	return n, err
 }
 
 // A raftStream is raft's side of a port. Its addresses are node ids.
@@ -139,14 +324,41 @@ func (s raftStream) Dial(id raft.ServerAddress, timeout time.Duration) (net.Conn
 	return s.dial(ctx, string(id))
 }
 
-// dial calls a node on its raft port.
+// dial calls a node on its raft port. Where the cluster has a secret, it returns when each end has
+// proved to the other which node it is. Any error is a *net.OpError of dial or says that there is no
+// such node.
 func (p *port) dial(ctx context.Context, id string) (net.Conn, error) {
 	m, ok := p.members[id]
 	if !ok {
 		return nil, fmt.Errorf("dial node %s: not in Cluster.Nodes", id)
 	}
+	ctx, cancel := context.WithTimeout(ctx, firstByteTime)
+	defer cancel()
 	var d net.Dialer
-	return d.DialContext(ctx, "tcp", m.raft)
+	raw, err := d.DialContext(ctx, "tcp", m.raft)
+	if err != nil {
+		return nil, err
+	}
+	c := &peerConn{Conn: raw, raw: raw, port: p, ring: p.ring.Load()}
+	if c.ring != nil {
+		stop := context.AfterFunc(ctx, func() { raw.Close() })
+		t := tls.Client(raw, c.ring.config(func(node string) bool { return node == id }))
+		if err = t.Handshake(); err == nil {
+			_, err = io.ReadFull(t, make([]byte, len(welcome)))
+		}
+		if !stop() {
+			err = ctx.Err()
+		}
+		c.Conn, c.key = t, provedKey(t.ConnectionState())
+	}
+	if err == nil {
+		err = p.keep(c)
+	}
+	if err != nil {
+		raw.Close()
+		return nil, &net.OpError{Op: "dial", Net: "node " + id, Addr: raw.RemoteAddr(), Err: err}
+	}
+	return c, nil
 }
 
 // An askStream is the side of a port on which nodes ask each other. Closing it leaves raft's
@@ -271,8 +483,20 @@ func (n *raftNode) answers() http.Handler {
 
 // serveAsks answers the other nodes until the node stops.
 func (n *raftNode) serveAsks() error {
-	srv := &http.Server{Handler: n.answers(), ReadHeaderTimeout: firstByteTime, MaxHeaderBytes: maxHeader, IdleTimeout: 2 * time.Minute,
-		ErrorLog: slog.NewLogLogger(n.log.Handler(), slog.LevelWarn)}
+	answers := n.answers()
+	h := func(w http.ResponseWriter, r *http.Request) {
+		// When the secrets have changed, connections end behind an answer rather than in the middle
+		// of a write that was passed on, when they are closed.
+		if c := r.Context().Value(betweenNodes{}).(*peerConn); c.ring != n.port.ring.Load() {
+			w.Header()["Connection"] = []string{"close"}
+		}
+		answers.ServeHTTP(w, r)
+	}
+	srv := &http.Server{Handler: http.HandlerFunc(h), ReadHeaderTimeout: firstByteTime, MaxHeaderBytes: maxHeader, IdleTimeout: peerIdle,
+		ErrorLog: slog.NewLogLogger(n.log.Handler(), slog.LevelWarn),
+		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
+			return context.WithValue(ctx, betweenNodes{}, c)
+		}}
 	context.AfterFunc(n.ctx, func() { srv.Close() })
 	ended, end := context.WithCancel(context.Background())
 	if err := srv.Serve(askStream{n.port, ended, end}); !errors.Is(err, http.ErrServerClosed) {
@@ -298,7 +522,7 @@ func newAsker(p *port, idle int) *http.Transport {
 			return p.dial(ctx, host)
 		},
 		MaxIdleConnsPerHost: idle,
-		IdleConnTimeout:     time.Minute,
+		IdleConnTimeout:     peerIdle / 2,
 		DisableCompression:  true,
 	}
 }
@@ -309,7 +533,7 @@ func (n *raftNode) ask(ctx context.Context, id, path string, want int) ([]uint64
 	if err != nil {
 		return nil, err
 	}
-	resp, err := n.asker.RoundTrip(req)
+	resp, err := n.asker.Load().RoundTrip(req)
 	if err != nil {
 		return nil, fmt.Errorf("ask node %s for %s: %w", id, path, err)
 	}

@@ -6,9 +6,11 @@ import (
 	"fmt"
 	"log"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -35,7 +37,7 @@ type raftNode struct {
 	disk            *disk
 	members         map[string]peer                  // by node id
 	port            *port                            // raft's connections and the nodes' questions to each other
-	asker, forwards *http.Transport                  // for questions, and for writes passed on
+	asker, forwards atomic.Pointer[http.Transport]   // for questions, and for writes passed on
 	api             atomic.Pointer[http.HandlerFunc] // nil until the server is there
 
 	identity uint64 // of the data directory, see join.go
@@ -114,8 +116,11 @@ func startNode(cfg *config, dir string, st *store, ln net.Listener, logger *slog
 		return nil, err
 	}
 
-	n.port = newPort(n.id, ln, n.members)
-	n.asker, n.forwards = newAsker(n.port, 8), newAsker(n.port, 256)
+	n.port = newPort(n.id, ln, n.members, logger)
+	if err := n.setSecrets(cfg.secrets); err != nil {
+		return nil, err
+	}
+	go n.port.accept()
 	start := func(servers []raft.Server) error { return n.startRaft(newest, servers, hlog) }
 	n.tasks.Go(n.serveAsks)
 	n.tasks.Go(n.disk.watch)
@@ -136,6 +141,38 @@ func startNode(cfg *config, dir string, st *store, ln net.Listener, logger *slog
 		return nil
 	})
 	return n, nil
+}
+
+// setSecrets makes these the cluster's secrets for this node: the first is shown and all are
+// accepted, by new connections from now on; none is plain text. Connections by a secret that is not
+// among them are closed. The others end as soon as they are idle, so that those by a secret that is
+// shown no longer are gone before it is taken away. On an error nothing changes.
+func (n *raftNode) setSecrets(secrets []secret) error {
+	ring, err := newKeyring(secrets, n.id, slices.Collect(maps.Keys(n.members)))
+	if err != nil {
+		return err
+	}
+	if n.asker.Load() == nil || !reflect.DeepEqual(ring, n.port.ring.Load()) {
+		n.port.setRing(ring)
+		for clients, idle := range map[*atomic.Pointer[http.Transport]]int{&n.asker: 8, &n.forwards: 256} {
+			// One whose idle connections were closed keeps none that becomes idle, until it is used.
+			if old := clients.Swap(newAsker(n.port, idle)); old != nil {
+				old.CloseIdleConnections()
+			}
+		}
+	}
+	if ring == nil && !n.cfg.onLoopback() {
+		n.log.Warn("the nodes talk in plain text: whoever reaches a Raft port owns the data; give the cluster a secret, Cluster.Secret")
+	}
+	return nil
+}
+
+// transport is how the nodes talk to each other, as /health/ready calls it.
+func (n *raftNode) transport() string {
+	if n.port.ring.Load() == nil {
+		return "plaintext"
+	}
+	return "tls"
 }
 
 // maxPool is how many idle connections raft keeps to each node.
@@ -370,8 +407,11 @@ func (n *raftNode) Close() error {
 	n.stop()
 	err := n.tasks.Wait() // first: one of them may be about to start raft
 	if r := n.raft.Load(); r != nil {
-		err = errors.Join(err, r.Shutdown().Error())
-		n.trans.Close() // and with it the port
+		over := r.Shutdown()
+		// And with it the port. Shutdown waits for what this node has asked others, and one that stops too
+		// waits for what it has asked here: they are told that there is no answer.
+		n.trans.Close()
+		err = errors.Join(err, over.Error())
 	} else {
 		n.port.Close()
 	}

@@ -361,7 +361,7 @@ func lateAcknowledgements(t *testing.T, prefix string) (stale, answered int) {
 // consistent read.
 func TestNewLeader(t *testing.T) {
 	t.Parallel()
-	c, roads := newLinked(t, 3, "", nil, with("Cluster", "RequestTimeout", 1500), with("Cluster", "LowerElectionTimeout", 500))
+	c, roads := newLinked(t, 3, "", nil, plaintext, with("Cluster", "RequestTimeout", 1500), with("Cluster", "LowerElectionTimeout", 500))
 	c.start()
 	a := c.leader()
 	b, third := c.followers()[0], c.followers()[1]
@@ -558,7 +558,7 @@ func TestOwnWrites(t *testing.T) {
 // makes entries in the log.
 func TestQuestions(t *testing.T) {
 	t.Parallel()
-	c, roads := newLinked(t, 3, "", nil, calm)
+	c, roads := newLinked(t, 3, "", nil, plaintext, calm)
 	c.start()
 	c.leader().put(t, "app", "k", "v")
 	c.converge()

@@ -11,7 +11,7 @@ import (
 
 // reloaded are the members that reload puts into effect. What else has changed in the file waits for
 // the next start.
-var reloaded = []string{"Auth"}
+var reloaded = []string{"Auth", "Cluster.Secret", "Cluster.Secrets"}
 
 // reload reads the arguments and the configuration file again, as the start did, and puts the members
 // of reloaded into effect: all of them, or none where the file has a mistake.
@@ -26,6 +26,10 @@ func (s *server) reload() {
 		return
 	}
 	next.warn(s.log)
+	if err := s.node.setSecrets(next.secrets); err != nil {
+		s.log.Error("the secrets cannot be used; what was read before stays in effect", "error", err)
+		return
+	}
 	// From here on nothing may fail.
 	s.setKeys(next.Auth.ApiKeys)
 	if changed := differences("", reflect.ValueOf(*s.cfg), reflect.ValueOf(*next)); len(changed) > 0 {
@@ -51,8 +55,14 @@ func differences(path string, a, b reflect.Value) (names []string) {
 	return names
 }
 
-// secrets names the members that hold a secret in clear.
-func (c *config) secrets() (names []string) {
+// inClear names the members that hold a secret in clear.
+func (c *config) inClear() (names []string) {
+	if c.Cluster.Secret != nil {
+		names = append(names, "Cluster.Secret")
+	}
+	if c.Cluster.Secrets != nil {
+		names = append(names, "Cluster.Secrets")
+	}
 	for i, k := range c.Auth.ApiKeys {
 		if k.clear() {
 			names = append(names, fmt.Sprintf("Auth.ApiKeys[%d].Key", i))
@@ -70,7 +80,7 @@ func (c *config) warn(log *slog.Logger) {
 	if err != nil || fi.Mode()&0o004 == 0 { // what was read a moment ago and is gone, nobody reads
 		return
 	}
-	if names := c.secrets(); len(names) > 0 {
+	if names := c.inClear(); len(names) > 0 {
 		log.Warn("every user of this machine can read the configuration file, and it holds secrets in clear",
 			"members", strings.Join(names, " "), "do", "chmod o-rwx "+c.file)
 	}

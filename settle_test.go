@@ -231,6 +231,28 @@ func TestGivenUp(t *testing.T) {
 	for range writes {
 		sent = append(sent, newPending(t, f))
 	}
+	// A new connection would end at the handshake. So that there is one for each write, as many
+	// are made at once.
+	road := roads.of(f, leader)
+	already := road.holds(replies)
+	road.hold(replies, true)
+	for _, p := range sent {
+		if err := p.send("PUT", keyPath("app", "k"), `{"value":"there"}`); err != nil {
+			t.Fatal(err)
+		}
+	}
+	until(t, 5*time.Second, func() error {
+		if got := road.holds(replies) - already; got < len(sent) {
+			return fmt.Errorf("%d of %d are on their way", got, len(sent))
+		}
+		return nil
+	})
+	road.hold(replies, false)
+	for _, p := range sent {
+		if _, err := p.answer(); err != nil {
+			t.Fatal(err)
+		}
+	}
 	leader.pause()
 	stoodStill(t, leader)
 	start := time.Now()
@@ -383,9 +405,9 @@ func TestLeaderDeadline(t *testing.T) {
 		w.WriteHeader(http.StatusConflict) // of a success this node would wait for the revision
 	}))
 	defer leader.Close()
-	s.node.forwards = &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+	s.node.forwards.Store(&http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "tcp", leader.Listener.Addr().String())
-	}}
+	}})
 	for _, ahead := range []time.Duration{time.Hour, -time.Hour} {
 		here := time.Now()
 		there := here.Add(ahead)

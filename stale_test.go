@@ -288,7 +288,7 @@ func (o *observer) check() {
 func TestStaleness(t *testing.T) {
 	t.Parallel()
 	const most = time.Second
-	c, roads := newLinked(t, 3, "", nil, with("Cluster", "MaxStaleness", most.Milliseconds()), with("Cluster", "RequestTimeout", 2000))
+	c, roads := newLinked(t, 3, "", nil, plaintext, with("Cluster", "MaxStaleness", most.Milliseconds()), with("Cluster", "RequestTimeout", 2000))
 	c.start()
 	o := observe(c, most)
 	for _, n := range c.nodes {
@@ -441,7 +441,7 @@ func TestOldAnswers(t *testing.T) {
 // read with what it has, nor with 404 what it has not.
 func TestStartsBehind(t *testing.T) {
 	t.Parallel()
-	c, roads := newLinked(t, 3, "", nil, calm, with("Cluster", "RequestTimeout", 1000), with("Cluster", "MaxStaleness", 500))
+	c, roads := newLinked(t, 3, "", nil, plaintext, calm, with("Cluster", "RequestTimeout", 1000), with("Cluster", "MaxStaleness", 500))
 	c.start()
 	late := c.followers()[0]
 	others := slices.DeleteFunc(slices.Clone(c.nodes), func(n *node) bool { return n == late })

@@ -22,6 +22,7 @@ type readiness struct {
 	Revision    uint64 `json:"revision"`
 	Hash        string `json:"hash"` // of the newest event, 64 zeros before the first
 	StalenessMs int64  `json:"stalenessMs"`
+	Transport   string `json:"transport"`        // between nodes: tls or plaintext
 	Reason      string `json:"reason,omitempty"` // why not ready
 }
 
@@ -32,6 +33,7 @@ func (s *server) ready(c *call) error {
 	r := readiness{
 		Status: "ready", Node: s.node.id, Role: s.node.role(), Term: s.node.term(),
 		Revision: pos.rev, Hash: hex.EncodeToString(pos.hash[:]), StalenessMs: stalenessMs(s.node.freshSince.Load()),
+		Transport: s.node.transport(),
 	}
 	r.LeaderID, r.Leader = s.node.leader()
 	switch {
