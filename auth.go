@@ -23,6 +23,7 @@ var roles = map[string]role{"reader": reader, "admin": admin}
 type caller struct {
 	principal string // the actor in the audit trail; empty on public routes
 	role      role
+	key       [sha256.Size]byte // the digest of the key, by which its streams are counted
 }
 
 // An auth knows the keys. It keeps their digests only.
@@ -38,7 +39,8 @@ type authKey struct {
 func newAuth(keys []apiKey) *auth {
 	a := &auth{}
 	for _, k := range keys {
-		a.keys = append(a.keys, authKey{sha256.Sum256([]byte(k.Key)), caller{k.actor(), roles[k.Role]}})
+		digest := sha256.Sum256([]byte(k.Key))
+		a.keys = append(a.keys, authKey{digest, caller{k.actor(), roles[k.Role], digest}})
 	}
 	return a
 }

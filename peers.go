@@ -271,7 +271,7 @@ func (n *raftNode) answers() http.Handler {
 
 // serveAsks answers the other nodes until the node stops.
 func (n *raftNode) serveAsks() error {
-	srv := &http.Server{Handler: n.answers(), ReadHeaderTimeout: firstByteTime, MaxHeaderBytes: maxHeader, IdleTimeout: 2 * time.Minute,
+	srv := &http.Server{Handler: n.answers(), ReadHeaderTimeout: firstByteTime, MaxHeaderBytes: n.cfg.Limits.MaxHeaderBytes + marksSize, IdleTimeout: 2 * time.Minute,
 		ErrorLog: slog.NewLogLogger(n.log.Handler(), slog.LevelWarn)}
 	context.AfterFunc(n.ctx, func() { srv.Close() })
 	ended, end := context.WithCancel(context.Background())
