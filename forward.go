@@ -23,8 +23,9 @@ const markForwarded = "Confman-Forwarded"
 // given up.
 const markDeadline = "Confman-Deadline"
 
-// marksSize is how many bytes more than its client's the head of a forwarded write may have.
-const marksSize = 1 << 10
+// marksSize is how many bytes more than its client's the head of a forwarded write may have: for these
+// marks, and because net/http is not exact about the limit.
+const marksSize = 8 << 10
 
 // betweenNodes marks the context of a request that came over the raft port.
 type betweenNodes struct{}
