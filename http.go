@@ -232,6 +232,12 @@ func (s *server) newCall(w http.ResponseWriter, r *http.Request) *call {
 	c := &call{s: s, w: &response{ResponseWriter: w}, r: r, start: time.Now(), id: correlationID(r)}
 	h := w.Header()
 	h["X-Correlation-Id"] = []string{c.id}
+	if r.TransferEncoding != nil {
+		// A Content-Length may have stood beside it; net/http has removed it. Whoever is between the client
+		// and this node and believes that one sees another end of the request, so nothing follows it (RFC
+		// 9112, section 6.1).
+		h["Connection"] = []string{"close"}
+	}
 	if c.api = strings.HasPrefix(r.URL.Path, "/api/") || r.URL.Path == "/api"; c.api {
 		h["Confman-Node"] = []string{s.cfg.Cluster.NodeId}
 		c.sawRevision(s.store.at().rev)
