@@ -510,6 +510,7 @@ type node struct {
 	data string   // its own data directory
 	cwd  string   // where it runs
 	args []string // the same for every start: addresses and directory survive
+	env  []string // besides what the tests have themselves
 	out  string   // file of its standard output, over all starts
 	log  string   // file of its standard error, over all starts
 
@@ -529,6 +530,7 @@ func (n *node) start() {
 	cmd := exec.Command(exe, n.args...)
 	cmd.Dir = n.cwd
 	cmd.Env = append(os.Environ(), "CONFMAN_NODE="+n.id, "GORACE=halt_on_error=1")
+	cmd.Env = append(cmd.Env, n.env...)
 	for _, to := range []struct {
 		w    *io.Writer
 		path string

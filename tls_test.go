@@ -15,6 +15,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -284,5 +285,26 @@ func TestHandshakesInLog(t *testing.T) {
 	silent.SetDeadline(time.Now().Add(limit(15 * time.Second)))
 	if b, err := io.ReadAll(silent); errors.Is(err, os.ErrDeadlineExceeded) || len(b) > 0 {
 		t.Errorf("a connection without a handshake is open after %v (%q)", time.Since(start), b)
+	}
+}
+
+// TestManualCertificate: the manual's command makes a certificate that a node serves and curl trusts.
+func TestManualCertificate(t *testing.T) {
+	needs(t, "sh", "openssl", "curl")
+	t.Parallel()
+	dir := t.TempDir()
+	command := "openssl req" + excerpt(t, "\nopenssl req", "\nchown")
+	cmd := exec.Command("sh", "-c", strings.Replace(command, "IP:10.0.1.10", "IP:127.0.0.1", 1))
+	cmd.Dir = dir
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	certFile, keyFile := filepath.Join(dir, "api.crt"), filepath.Join(dir, "api.key")
+	c := newCluster(t, 1, withTLS(certFile, keyFile))
+	n := c.nodes[0]
+	n.url = "https://" + n.api
+	c.start()
+	if out, err := exec.Command("curl", "-sS", "--cacert", certFile, n.url+"/health/ready").CombinedOutput(); err != nil || !strings.Contains(string(out), `"ready"`) {
+		t.Errorf("%v: %s", err, out)
 	}
 }
