@@ -467,7 +467,12 @@ func (c *call) readBody() error {
 		most = unwantedTime
 	}
 	rc.SetReadDeadline(c.start.Add(most))
-	b, err := io.ReadAll(http.MaxBytesReader(c.w, c.r.Body, maxBody))
+	body, b, err := http.MaxBytesReader(c.w, c.r.Body, maxBody), []byte{}, error(nil)
+	if c.writes() {
+		b, err = io.ReadAll(body)
+	} else {
+		_, err = io.Copy(io.Discard, body)
+	}
 	var tooLarge *http.MaxBytesError
 	if errors.As(err, &tooLarge) {
 		return errTooLarge.because("the body has more than %d bytes", maxBody)
