@@ -28,7 +28,7 @@ func (c *config) checkLimits() error {
 		{"AuthFailuresPerMinute", l.AuthFailuresPerMinute, 1, 1_000_000},
 	} {
 		if m.value < m.low || m.value > m.most {
-			return fmt.Errorf("Limits.%s: %d must be %d to %d", m.name, m.value, m.low, m.most)
+			return fmt.Errorf("%s: %d must be %d to %d", "Limits."+m.name, m.value, m.low, m.most)
 		}
 	}
 	if l.MaxBodyBytes < l.MaxValueBytes {
