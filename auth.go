@@ -45,7 +45,8 @@ const (
 type caller struct {
 	principal  string // the actor in the audit trail; empty on public routes
 	role       role
-	namespaces []string // names, and prefixes with * behind them; nil for all
+	key        [sha256.Size]byte // the digest of the key, by which its streams are counted
+	namespaces []string          // names, and prefixes with * behind them; nil for all
 	// held ends when the key is no longer what it was: gone, expired or changed. What goes on for
 	// longer than an answer takes then asks identify again. nil without a key.
 	held context.Context
@@ -88,7 +89,7 @@ func newAuth(keys []apiKey, before *auth) *auth {
 	a := &auth{}
 	for _, k := range keys {
 		digest, _ := k.digest() // checked
-		key := &authKey{digest: digest, caller: caller{principal: k.actor(), role: roles[k.Role], namespaces: k.Namespaces}, notAfter: k.notAfter}
+		key := &authKey{digest: digest, caller: caller{principal: k.actor(), role: roles[k.Role], key: digest, namespaces: k.Namespaces}, notAfter: k.notAfter}
 		if before != nil {
 			if i := slices.IndexFunc(before.keys, key.same); i >= 0 {
 				a.keys = append(a.keys, before.keys[i])

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"net/http"
 	"os"
@@ -231,11 +232,19 @@ func TestWrongKeysAreAlike(t *testing.T) {
 	}
 }
 
-// TestSecretsStayOut sends keys and values in every place where they might be taken
-// for something to report, and looks for them in answers and in the nodes' logs.
+// TestSecretsStayOut sends keys and values in every place where they might be taken for something to
+// report, through restarts, the loss of a majority and everything that a debugging log says, and looks
+// for them in answers, logs, the list of processes, and for files that others can read.
 func TestSecretsStayOut(t *testing.T) {
+	t.Parallel()
 	const value = "s3cr3t-value-of-a-key"
-	c := startCluster(t, 3)
+	secrets := []string{adminKey, readerKey, value, clusterSecret}
+	c := newCluster(t, 3)
+	for _, n := range c.nodes {
+		n.env = []string{"CONFMAN_DEBUG=1"}
+	}
+	c.nodes[2].args = append(c.nodes[2].args, "-log", "json")
+	c.start()
 	path := "/api/v1/config/secrets/k"
 	near := adminKey + "-nearly" // a log that quotes what was sent holds the key too
 	send := []struct {
@@ -291,7 +300,7 @@ func TestSecretsStayOut(t *testing.T) {
 				t.Fatal(err)
 			}
 			// A parameter's value stands in the answer to the client who sent it at most.
-			for _, secret := range []string{adminKey, readerKey, value} {
+			for _, secret := range secrets {
 				if a.status >= 300 && strings.Contains(string(a.body), secret) && !strings.Contains(s.target, secret) && i < named {
 					t.Errorf("%s %s: the answer holds %q: %v", s.method, s.target, secret, a)
 				}
@@ -306,12 +315,74 @@ func TestSecretsStayOut(t *testing.T) {
 			}
 			return nil
 		})
-		for line := range strings.Lines(n.logged()) {
-			for _, secret := range []string{adminKey, readerKey, value} {
-				if strings.Contains(line, secret) {
-					t.Errorf("the log of %s holds %q: %s", n.id, secret, line)
+	}
+
+	// What others are told.
+	for _, n := range c.nodes {
+		for _, rr := range matrix {
+			for _, key := range []string{"", wrongKey} {
+				a, err := do(rr.method, n.url+strings.NewReplacer("NS", "secrets", "WHO", "k").Replace(rr.target), key, rr.body)
+				if err != nil {
+					t.Fatal(err)
+				}
+				for _, secret := range secrets {
+					if strings.Contains(fmt.Sprint(a.header, string(a.body)), secret) {
+						t.Errorf("%s %s with key %q is told %q: %v", rr.method, rr.target, key, secret, a)
+					}
 				}
 			}
+		}
+	}
+
+	// What fails while a majority is missing, and what starts again behind that.
+	stays := c.leader()
+	for _, n := range c.nodes {
+		if n != stays {
+			n.kill()
+		}
+	}
+	for range 2 {
+		if a := stays.ask(t, "PUT", path+"?raw", value+"-lost", "X-Correlation-Id", "secrets-lost"); a.status < 500 {
+			t.Errorf("without a majority: %v", a)
+		}
+	}
+	for _, n := range c.nodes {
+		if n != stays {
+			n.start()
+		}
+	}
+	c.ready()
+	stays.stop()
+	stays.start()
+	c.ready()
+	c.leader().put(t, "secrets", "k", value+"-again")
+	c.converge()
+
+	seen := func(where, text string) {
+		for line := range strings.Lines(text) {
+			for _, secret := range secrets {
+				if strings.Contains(line, secret) {
+					t.Errorf("%s holds %q: %.500s", where, secret, line)
+				}
+			}
+		}
+	}
+	for _, n := range c.nodes {
+		out, err := os.ReadFile(n.out)
+		if err != nil {
+			t.Fatal(err)
+		}
+		seen("the log of "+n.id, n.logged())
+		seen("the output of "+n.id, string(out))
+		for _, name := range []string{"cmdline", "environ", "comm", "status"} {
+			text, err := os.ReadFile(fmt.Sprintf("/proc/%d/%s", n.cmd.Process.Pid, name))
+			if err != nil && !errors.Is(err, fs.ErrPermission) { // whose environment nobody can read tells nobody
+				t.Fatal(err)
+			}
+			seen(name+" of "+n.id, string(text))
+		}
+		if err := checkModes(n.data); err != nil {
+			t.Error(err)
 		}
 	}
 }

@@ -211,8 +211,8 @@ func TestManualConfiguration(t *testing.T) {
 			}
 		case reflect.Slice:
 			want[path] = ""
-			if v.Type().Elem().Kind() == reflect.Struct {
-				walk(path+"[]", reflect.Zero(v.Type().Elem()))
+			if elem := v.Type().Elem(); elem.Kind() == reflect.Struct {
+				walk(path+"[]", reflect.Zero(elem))
 			}
 		default:
 			want[path] = ""

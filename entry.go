@@ -50,8 +50,7 @@ func (e entryRecord) decode() (entry, error) {
 }
 
 const (
-	maxKey       = 512     // bytes of a key
-	maxValue     = 1 << 20 // bytes of a value
+	maxKey       = 512 // bytes of a key
 	maxPatchKeys = 10_000
 )
 
@@ -77,12 +76,18 @@ func checkKey(key string) error {
 
 var typeName = regexp.MustCompile(`^[a-z][a-z0-9.+-]{0,31}$`)
 
+// checkValue says whether value may be kept as type typ. How large it may be is decided here, where it
+// comes in, and not where it is applied: nodes with other limits must come to the same state.
+func (c *call) checkValue(value, typ string) error {
+	if most := c.s.cfg.Limits.MaxValueBytes; len(value) > most {
+		return errTooLarge.because("the value has %d bytes; at most %d are allowed", len(value), most)
+	}
+	return checkValue(value, typ)
+}
+
 // checkValue says whether value can be kept as type typ. Types other than the four of the
 // contract are kept unchecked.
 func checkValue(value, typ string) error {
-	if len(value) > maxValue {
-		return errTooLarge.because("the value has %d bytes; at most %d are allowed", len(value), maxValue)
-	}
 	if !typeName.MatchString(typ) {
 		return errInvalidValue.quoting("the type %q is not a name of the form [a-z][a-z0-9.+-]{0,31}", clip(typ, 40))
 	}
@@ -427,7 +432,7 @@ func (s *server) putEntry(c *call) error {
 	} else if err := c.readChange(&ch); err != nil {
 		return err
 	}
-	if err := checkValue(*ch.Value, ch.Type); err != nil {
+	if err := c.checkValue(*ch.Value, ch.Type); err != nil {
 		return err
 	}
 	res, err := s.propose(c, &command{Op: "set", NS: c.ns, Changes: []change{ch}, If: cond})
@@ -513,7 +518,7 @@ func (s *server) patchEntries(c *call) error {
 			if err != nil {
 				return errBadRequest.quoting("%q: %v", m.name, err)
 			}
-			if err := checkValue(v, typ); err != nil {
+			if err := c.checkValue(v, typ); err != nil {
 				return problemOf(err).in(m.name)
 			}
 			ch.Value, ch.Type = &v, typ

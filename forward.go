@@ -23,9 +23,9 @@ const markForwarded = "Confman-Forwarded"
 // given up.
 const markDeadline = "Confman-Deadline"
 
-// markSource goes with it, too: the address of the client. It is believed on a connection on
-// which a node has proved to be one; else the address of that connection is what is known.
-const markSource = "Confman-Source"
+// marksSize is how many bytes more than its client's the head of a forwarded write may have: for these
+// marks, and because net/http is not exact about the limit.
+const marksSize = 8 << 10
 
 // betweenNodes is the key, in the context of a request that came over the raft port, of its
 // *peerConn.
@@ -35,16 +35,6 @@ type betweenNodes struct{}
 func (s *server) serveNodes() {
 	h := http.HandlerFunc(s.ServeHTTP)
 	s.node.api.Store(&h)
-}
-
-// source is the address of the client.
-func (c *call) source() string {
-	if v := c.r.Header[markSource]; len(v) == 1 && net.ParseIP(v[0]) != nil {
-		if peer, ok := c.r.Context().Value(betweenNodes{}).(*peerConn); ok && peer.key != "" {
-			return v[0]
-		}
-	}
-	return clientIP(c.r)
 }
 
 // deadline is when a write is given up.
@@ -138,7 +128,7 @@ func (s *server) forward(c *call, leader string) error {
 	}
 	req.Header["X-Correlation-Id"] = []string{c.id}
 	req.Header[markForwarded] = []string{s.node.id}
-	req.Header[markSource] = []string{clientIP(c.r)}
+	req.Header[markSource] = []string{c.source()}
 	req.Header[markDeadline] = []string{strconv.FormatInt(until, 10)}
 	var connected atomic.Bool // from then on it may be on its way
 	trace := &httptrace.ClientTrace{GotConn: func(httptrace.GotConnInfo) { connected.Store(true) }}
@@ -153,7 +143,7 @@ func (s *server) forward(c *call, leader string) error {
 		return brokenHop(err)
 	}
 	defer resp.Body.Close()
-	answer, err := io.ReadAll(io.LimitReader(resp.Body, maxPage))
+	answer, err := io.ReadAll(io.LimitReader(resp.Body, int64(6*s.cfg.Limits.MaxValueBytes+64<<10)))
 	if err != nil {
 		return brokenHop(err)
 	}

@@ -13,7 +13,6 @@ import (
 	"log/slog"
 	"maps"
 	"mime"
-	"net"
 	"net/http"
 	"net/url"
 	"runtime/debug"
@@ -42,6 +41,8 @@ type server struct {
 	writes   atomic.Int64  // writes that are being answered
 	ending   chan struct{} // closed when waits and streams are to end
 	watches  *watches      // the store's
+	crowd    crowd
+	refusals refusals
 }
 
 // The stages of a shutdown.
@@ -86,7 +87,8 @@ func (s *server) routes() []route {
 }
 
 func newServer(cfg *config, st *store, n *raftNode, log *slog.Logger) *server {
-	s := &server{cfg: cfg, store: st, node: n, log: log, mux: http.NewServeMux(), ending: make(chan struct{}), watches: &st.watches}
+	s := &server{cfg: cfg, store: st, node: n, log: log, mux: http.NewServeMux(), ending: make(chan struct{}), watches: &st.watches,
+		refusals: refusals{log: log, most: cfg.Limits.AuthFailuresPerMinute}}
 	s.auth.Store(newAuth(cfg.Auth.ApiKeys, nil))
 	methods := map[string]map[string]*route{}
 	for _, rt := range s.routes() {
@@ -202,15 +204,26 @@ type response struct {
 }
 
 func (w *response) WriteHeader(status int) {
-	if w.status == 0 {
-		w.status = status
-	}
+	w.begin(status)
 	w.ResponseWriter.WriteHeader(status)
 }
 
 func (w *response) Write(b []byte) (int, error) {
-	w.status = cmp.Or(w.status, http.StatusOK)
+	w.begin(http.StatusOK)
 	return w.ResponseWriter.Write(b)
+}
+
+// writeTime is how long a client may take to accept an answer, or a part of a stream. Then it is cut
+// off, and what it held is free again.
+const writeTime = 30 * time.Second
+
+// begin notes that an answer goes out, and from when its time runs. The server gives the connection's
+// next request a time of its own.
+func (w *response) begin(status int) {
+	if w.status == 0 {
+		w.status = status
+		http.NewResponseController(w.ResponseWriter).SetWriteDeadline(time.Now().Add(writeTime))
+	}
 }
 
 // Unwrap serves http.ResponseController.
@@ -220,6 +233,12 @@ func (s *server) newCall(w http.ResponseWriter, r *http.Request) *call {
 	c := &call{s: s, w: &response{ResponseWriter: w}, r: r, start: time.Now(), id: correlationID(r)}
 	h := w.Header()
 	h["X-Correlation-Id"] = []string{c.id}
+	if r.TransferEncoding != nil {
+		// A Content-Length may have stood beside it; net/http has removed it. Whoever is between the client
+		// and this node and believes that one sees another end of the request, so nothing follows it (RFC
+		// 9112, section 6.1).
+		h["Connection"] = []string{"close"}
+	}
 	if c.api = strings.HasPrefix(r.URL.Path, "/api/") || r.URL.Path == "/api"; c.api {
 		h["Confman-Node"] = []string{s.cfg.Cluster.NodeId}
 		c.sawRevision(s.store.at().rev)
@@ -287,7 +306,7 @@ func (c *call) serve(methods map[string]*route, allow string) error {
 		return errMethodNotAllowed.because("%s is not for %s; allowed: %s", clip(r.Method, 20), r.Pattern, allow)
 	}
 	if err := c.identify(); err != nil {
-		return err
+		return c.refuse(err)
 	}
 	if r.URL.RawQuery != "" {
 		if err := c.readQuery(); err != nil {
@@ -307,6 +326,20 @@ func (c *call) serve(methods map[string]*route, allow string) error {
 		}
 	}
 	return c.route.serve(c)
+}
+
+// refuse is what becomes of the error of a key. Whoever has the right one is never kept waiting for what
+// others try from his address.
+func (c *call) refuse(err error) error {
+	if problemOf(err).kind != errUnauthorized {
+		return err
+	}
+	if wait := c.s.refusals.failed(c.source()); wait > 0 {
+		c.w.Header()["Retry-After"] = []string{strconv.Itoa(int(wait/time.Second) + 1)}
+		c.w.Header().Del("WWW-Authenticate")
+		return errTooMany.because("too many requests without a right key came from this address; send one with a right key, which is always served")
+	}
+	return err
 }
 
 // writes reports whether the request would change something.
@@ -415,9 +448,6 @@ func (c *call) accepts(want, other string) bool {
 	return w.q > o.q || w.q == o.q && w.q > 0 && w.place < o.place
 }
 
-// maxBody is how many bytes a body may have.
-const maxBody = 2 << 20
-
 // bodyTime is how long a client may take to send a body.
 const bodyTime = 30 * time.Second
 
@@ -428,6 +458,7 @@ const unwantedTime = time.Second
 // readBody reads the whole body. That of a read means nothing, but it is in the way of noticing that
 // the client goes away.
 func (c *call) readBody() error {
+	maxBody := int64(c.s.cfg.Limits.MaxBodyBytes)
 	if c.r.ContentLength > maxBody {
 		return errTooLarge.because("the body has %d bytes; at most %d are allowed", c.r.ContentLength, maxBody)
 	}
@@ -437,7 +468,12 @@ func (c *call) readBody() error {
 		most = unwantedTime
 	}
 	rc.SetReadDeadline(c.start.Add(most))
-	b, err := io.ReadAll(http.MaxBytesReader(c.w, c.r.Body, maxBody))
+	body, b, err := http.MaxBytesReader(c.w, c.r.Body, maxBody), []byte{}, error(nil)
+	if c.writes() {
+		b, err = io.ReadAll(body)
+	} else {
+		_, err = io.Copy(io.Discard, body)
+	}
 	var tooLarge *http.MaxBytesError
 	if errors.As(err, &tooLarge) {
 		return errTooLarge.because("the body has more than %d bytes", maxBody)
@@ -525,20 +561,8 @@ func (c *call) sendJSON(status int, b []byte) error {
 	return c.write(b)
 }
 
-// largeAnswer is from how many bytes on an answer may not fit in a socket, and writeTime how long a
-// client may take to accept such a one. Then it is cut off, and the memory is free again.
-const (
-	largeAnswer = 64 << 10
-	writeTime   = 30 * time.Second
-)
-
 // write sends the body of an answer.
 func (c *call) write(b []byte) error {
-	if len(b) > largeAnswer {
-		rc := http.NewResponseController(c.w)
-		rc.SetWriteDeadline(time.Now().Add(writeTime))
-		defer rc.SetWriteDeadline(time.Time{}) // it would outlast this request
-	}
 	if _, err := c.w.Write(b); err != nil {
 		return errClosed.because("%v", err)
 	}
@@ -605,12 +629,12 @@ func (c *call) finish(err error) {
 	enc.SetEscapeHTML(false)
 	enc.Encode(doc)
 	h := c.w.Header()
-	if s := p.kind.status; s == http.StatusServiceUnavailable || s == http.StatusTooManyRequests {
+	if s := p.kind.status; (s == http.StatusServiceUnavailable || s == http.StatusTooManyRequests) && h["Retry-After"] == nil {
 		h["Retry-After"] = []string{"1"}
 	}
 	if c.r.ContentLength != 0 && c.sent == nil {
 		http.NewResponseController(c.w).SetReadDeadline(time.Now().Add(unwantedTime))
-		if c.r.ContentLength > maxBody {
+		if c.r.ContentLength > int64(c.s.cfg.Limits.MaxBodyBytes) {
 			h["Connection"] = []string{"close"} // rather than read what is refused
 		}
 	}
@@ -634,6 +658,13 @@ func (c *call) observe(status int, err error) {
 	case err != nil, c.writes(), took > slow && !c.waited:
 		level = slog.LevelInfo
 	}
+	if err != nil {
+		k := problemOf(err).kind
+		c.s.refusals.count(k)
+		if stranger := c.who.principal == ""; level == slog.LevelInfo && (stranger || k == errForbidden) && !c.s.refusals.logged(c.source()) {
+			level = slog.LevelDebug
+		}
+	}
 	ctx := context.Background()
 	if !c.s.log.Enabled(ctx, level) {
 		return
@@ -650,15 +681,6 @@ func (c *call) observe(status int, err error) {
 		attrs = append(attrs, slog.String("error", err.Error()))
 	}
 	c.s.log.LogAttrs(ctx, level, "request", attrs...)
-}
-
-// clientIP is the address that the connection proves.
-func clientIP(r *http.Request) string {
-	host, _, err := net.SplitHostPort(r.RemoteAddr)
-	if err != nil {
-		return r.RemoteAddr
-	}
-	return host
 }
 
 // A kind is one kind of problem. As an error it is what errors.Is looks for.
@@ -696,6 +718,7 @@ var (
 	errTooLarge             = &kind{slug: "too-large", status: 413, title: "Too Large"}
 	errUnsupportedMediaType = &kind{slug: "unsupported-media-type", status: 415, title: "Unsupported Media Type"}
 	errInvalidValue         = &kind{slug: "invalid-value", status: 422, title: "Invalid Value"}
+	errTooMany              = &kind{slug: "too-many-requests", status: 429, title: "Too Many Requests"}
 	errNotLeader            = &kind{slug: "not-leader", status: 307, title: "Not The Leader"}
 	errNoLeader             = &kind{slug: "no-leader", status: 503, title: "No Leader"}
 	errStaleRead            = &kind{slug: "stale-read", status: 503, title: "Too Far Behind"}

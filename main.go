@@ -23,9 +23,11 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	stdlog "log"
 	"log/slog"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -38,6 +40,7 @@ import (
 
 	"github.com/go-json-experiment/json"
 	"github.com/go-json-experiment/json/jsontext"
+	"golang.org/x/sys/unix"
 )
 
 func main() {
@@ -66,6 +69,7 @@ func flat(err error) string { return strings.ReplaceAll(err.Error(), "\n", " ") 
 // read the configuration file again.
 func run(ctx context.Context, hup <-chan os.Signal, args []string, stdout io.Writer) error {
 	syscall.Umask(0o077) // raft's snapshot store makes files for everyone
+	keepMemory()
 	cfg, err := configure(args)
 	if err != nil {
 		return err
@@ -87,6 +91,14 @@ func run(ctx context.Context, hup <-chan os.Signal, args []string, stdout io.Wri
 	peers, err := net.Listen("tcp", hostPort(host, me.RaftPort))
 	if err != nil {
 		return err
+	}
+	var cert *certificate
+	if cfg.Tls.Cert != "" {
+		if cert, err = openCertificate(cfg.Tls.Cert, cfg.Tls.Key, log); err != nil {
+			return err
+		}
+	} else if at, ok := api.Addr().(*net.TCPAddr); ok && !at.IP.IsLoopback() {
+		log.Warn("the API is served as plain text: keys and values can be read on the way; set Tls", "address", at.String())
 	}
 	dir := filepath.Join(cfg.Storage.DataPath, me.Id)
 	if err := makeDir(dir); err != nil {
@@ -127,19 +139,32 @@ func run(ctx context.Context, hup <-chan os.Signal, args []string, stdout io.Wri
 	}
 
 	s := newServer(cfg, st, n, log)
+	door := newGate(api, cfg.connections(log))
 	srv := &http.Server{
 		Handler:           s,
 		ReadHeaderTimeout: 5 * time.Second,
 		IdleTimeout:       2 * time.Minute,
-		MaxHeaderBytes:    maxHeader,
+		WriteTimeout:      writeTime, // of what net/http answers itself; an answer of ours has its own
+		MaxHeaderBytes:    cfg.Limits.MaxHeaderBytes,
+		Protocols:         new(http.Protocols),
 		// OPTIONS * is answered like any other target that is no path.
 		DisableGeneralOptionsHandler: true,
-		ErrorLog:                     slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+		ErrorLog:                     stdlog.New(&s.refusals, "", 0),
+		ConnState:                    door.note,
 	}
+	// HTTP/2 would carry many streams in one connection, and what is said here of connections, slow
+	// clients and deadlines would not hold.
+	srv.Protocols.SetHTTP1(true)
 	s.serveNodes()
 	go s.keepKeys(hup)
 	served := make(chan error, 1)
-	go func() { served <- srv.Serve(api) }()
+	if cert != nil {
+		srv.TLSConfig = cert.config()
+		go cert.watch(ctx)
+		go func() { served <- srv.ServeTLS(door, "", "") }()
+	} else {
+		go func() { served <- srv.Serve(door) }()
+	}
 	fmt.Fprintf(stdout, "listening http=%s raft=%s\n", api.Addr(), peers.Addr())
 	go cfg.greet(ctx, stdout, n, made)
 	select {
@@ -161,8 +186,12 @@ func run(ctx context.Context, hup <-chan os.Signal, args []string, stdout io.Wri
 	return err
 }
 
-// maxHeader is how many bytes the head of a request may have.
-const maxHeader = 64 << 10
+// keepMemory keeps what the process holds, keys among it, out of core dumps and from other processes of
+// its user. Where a program takes the dumps, it is told no limit, so the process is marked as well.
+func keepMemory() {
+	syscall.Setrlimit(syscall.RLIMIT_CORE, &syscall.Rlimit{})
+	unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0)
+}
 
 // goodbye ends a node in the order that costs its clients least: no new write begins,
 // those that are open end, another node leads and is named to whoever still writes here,
@@ -235,13 +264,28 @@ type config struct {
 	Auth struct {
 		ApiKeys []apiKey
 	}
+	Tls struct {
+		Cert, Key string // files of the API's certificate chain and key, PEM; both empty: plain text
+	}
+	Limits struct {
+		MaxValueBytes         int
+		MaxBodyBytes          int
+		MaxHeaderBytes        int
+		MaxConnections        int // of clients
+		MaxStreams            int // streams and waits
+		MaxStreamsPerKey      int
+		AuthFailuresPerMinute int // of one address
+	}
+	// TrustedProxies are the addresses and networks whose X-Forwarded-For is believed.
+	TrustedProxies []string
 
-	args    []string // of the program
-	file    string   // empty without one
-	format  string   // of the log: text or json
-	keyIn   string   // the made key's file; empty with a configuration file
-	keygen  string   // what to print and be done, key or secret; empty: be a node
-	secrets []secret // the cluster's, decoded by check
+	args    []string       // of the program
+	file    string         // empty without one
+	format  string         // of the log: text or json
+	keyIn   string         // the made key's file; empty with a configuration file
+	keygen  string         // what to print and be done, key or secret; empty: be a node
+	secrets []secret       // the cluster's, decoded by check
+	proxies []netip.Prefix // TrustedProxies
 }
 
 type nodeConfig struct {
@@ -363,6 +407,13 @@ func defaults() *config {
 	c.Cluster.MaxStaleness = 5000
 	c.Storage.DataPath = "./data"
 	c.Storage.MinFreeMiB = 256
+	c.Limits.MaxValueBytes = 1 << 20
+	c.Limits.MaxBodyBytes = 2 << 20
+	c.Limits.MaxHeaderBytes = 64 << 10
+	c.Limits.MaxConnections = 16384
+	c.Limits.MaxStreams = 12288
+	c.Limits.MaxStreamsPerKey = 8192
+	c.Limits.AuthFailuresPerMinute = 6000
 	return c
 }
 
@@ -532,7 +583,13 @@ func (c *config) check() error {
 		}
 		keys[digest] = i
 	}
-	return nil
+	if err := c.checkLimits(); err != nil {
+		return err
+	}
+	if err := c.readProxies(); err != nil {
+		return err
+	}
+	return c.checkTls()
 }
 
 // onLoopback reports whether no other machine can reach the nodes, as far as the file says.

@@ -83,7 +83,7 @@ func startNode(cfg *config, dir string, st *store, ln net.Listener, logger *slog
 	}
 	n.ctx, n.stop = context.WithCancel(context.Background())
 	for _, m := range cfg.Cluster.Nodes {
-		n.members[m.Id] = peer{raft: hostPort(m.Address, m.RaftPort), api: "http://" + hostPort(m.Address, m.ApiPort)}
+		n.members[m.Id] = peer{raft: hostPort(m.Address, m.RaftPort), api: cfg.scheme() + hostPort(m.Address, m.ApiPort)}
 	}
 	n.disk = newDisk(dir, uint64(cfg.Storage.MinFreeMiB)<<20, logger, n.halt)
 	var err error

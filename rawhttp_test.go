@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -16,6 +17,7 @@ import (
 // path, refuse the headers and mend the body that the scripts are about.
 type rawRequest struct {
 	addr, method, target string
+	from                 string // our address; clientAddr if empty
 	header               []string
 	body                 []byte // nil for none
 }
@@ -43,7 +45,7 @@ const clientAddr = "127.0.0.2"
 // send makes the exchange on a connection of its own. A server may answer before
 // it has read the body and close, so the writing side is not what decides.
 func (r *rawRequest) send() (*rawAnswer, error) {
-	d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(clientAddr)}}
+	d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(cmp.Or(r.from, clientAddr))}}
 	conn, err := d.Dial("tcp", r.addr)
 	if err != nil {
 		return nil, err

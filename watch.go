@@ -108,6 +108,11 @@ func (s *server) waits(subject func(*call) string, read func(*call) error) func(
 		if c.q.Has("version") {
 			return errBadRequest.because("wait and version exclude each other: an earlier version never changes")
 		}
+		leave, err := s.admit(c)
+		if err != nil {
+			return err
+		}
+		defer leave()
 		sub := subject(c)
 		bell := s.watches.add(sub)
 		defer s.watches.remove(sub, bell)
@@ -216,6 +221,11 @@ func (s *server) stream(c *call, ns string) error {
 	if err != nil {
 		return err
 	}
+	leave, err := s.admit(c)
+	if err != nil {
+		return err
+	}
+	defer leave()
 	if err := s.fresh(c); err != nil {
 		return err
 	}

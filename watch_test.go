@@ -21,7 +21,7 @@ import (
 )
 
 // streaming has no time limit: a stream ends when somebody ends it.
-var streaming = &http.Client{Transport: &http.Transport{DisableCompression: true}}
+var streaming = &http.Client{Transport: &http.Transport{DisableCompression: true, TLSClientConfig: transport.TLSClientConfig}}
 
 // A frame is one event of a stream.
 type frame struct{ id, event, data string }
