@@ -48,7 +48,7 @@ func BenchmarkConsistent(b *testing.B) {
 // applied is how far raft's log has come at a node, as nodes ask each other for it.
 func applied(tb testing.TB, n *node) (index int) {
 	tb.Helper()
-	a, err := question(portOf(tb, another(n), []*node{n}, clusterSecret), n.id, "GET", "/applied", "")
+	a, err := inquire(portOf(tb, another(n), []*node{n}, clusterSecret), n.id, "GET", "/applied", "")
 	if err == nil {
 		index, err = strconv.Atoi(string(a.body))
 	}

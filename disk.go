@@ -5,9 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"io"
 	"log/slog"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"sync"
@@ -188,6 +190,7 @@ func openRaftLog(path string, d *disk) (*raftLog, error) {
 
 // caught runs f and returns its panic as an error: libraries panic on files that are damaged.
 func caught(f func() error) (err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true)) // a page that the disk does not give
 	defer func() {
 		if p := recover(); p != nil {
 			err = fmt.Errorf("%v", p)
@@ -228,17 +231,18 @@ func (l *raftLog) StoreLogs(logs []*raft.Log) error {
 	if err := l.check("append to", l.BoltStore.StoreLogs(logs)); err != nil {
 		return err
 	}
-	l.entries.Add(int64(len(logs)))
-	l.bytes.Add(int64(size))
+	l.add(int64(len(logs)), int64(size))
 	return nil
 }
 
 // StoreLog implements raft.LogStore.
 func (l *raftLog) StoreLog(e *raft.Log) error { return l.StoreLogs([]*raft.Log{e}) }
 
-// GetLog implements raft.LogStore.
+// GetLog implements raft.LogStore. It does not write into what e held: that may be shared with
+// an entry of the cache, which the decoder would change.
 func (l *raftLog) GetLog(index uint64, e *raft.Log) error {
-	err := l.BoltStore.GetLog(index, e)
+	*e = raft.Log{}
+	err := caught(func() error { return l.BoltStore.GetLog(index, e) })
 	if err == nil && (e.Index != index || string(e.Extensions) != string(entrySum(e))) {
 		err = fmt.Errorf("entry %d: %w", index, errCorrupt)
 	}
@@ -295,6 +299,9 @@ func (l *raftLog) GetUint64(k []byte) (uint64, error) {
 // mark begins counting anew.
 func (l *raftLog) mark() { l.entries.Store(0); l.bytes.Store(0) }
 
+// add counts what was appended before mark after all.
+func (l *raftLog) add(entries, bytes int64) { l.entries.Add(entries); l.bytes.Add(bytes) }
+
 // grown is what was appended since mark.
 func (l *raftLog) grown() (entries, bytes int64) { return l.entries.Load(), l.bytes.Load() }
 
@@ -303,15 +310,41 @@ func (l *raftLog) grown() (entries, bytes int64) { return l.entries.Load(), l.by
 // would let it skip or repeat commands. A snapshot without meta.sum was not finished.
 type snapshotStore struct {
 	*raft.FileSnapshotStore
-	dir string
+	dir  string
+	halt func(error)
 }
 
-func openSnapshots(dir string, log hclog.Logger) (*snapshotStore, error) {
+func openSnapshots(dir string, log hclog.Logger, halt func(error)) (*snapshotStore, error) {
 	s, err := raft.NewFileSnapshotStoreWithLogger(dir, 2, log)
 	if err != nil {
 		return nil, fmt.Errorf("open %s/snapshots: %w", dir, err)
 	}
-	return &snapshotStore{s, filepath.Join(dir, "snapshots")}, nil
+	at := filepath.Join(dir, "snapshots")
+	// One that was not finished goes: raft would count it among the two that it keeps.
+	names, err := os.ReadDir(at)
+	if err != nil {
+		return nil, err
+	}
+	for _, d := range names {
+		_, err := os.Stat(filepath.Join(at, d.Name(), "meta.sum"))
+		if os.IsNotExist(err) || strings.HasSuffix(d.Name(), ".tmp") {
+			log.Warn("removing a snapshot that was not finished", "name", d.Name())
+			err = os.RemoveAll(filepath.Join(at, d.Name()))
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+	return &snapshotStore{s, at, halt}, nil
+}
+
+// Open implements raft.SnapshotStore. raft passes over a damaged one, or sends it again for ever.
+func (s *snapshotStore) Open(id string) (*raft.SnapshotMeta, io.ReadCloser, error) {
+	meta, r, err := s.FileSnapshotStore.Open(id)
+	if err != nil && !errors.Is(err, os.ErrNotExist) { // reaped meanwhile
+		s.halt(fmt.Errorf("read snapshot %s: %w; %s", filepath.Join(s.dir, id), err, rejoinEmpty))
+	}
+	return meta, r, err
 }
 
 func (s *snapshotStore) sum(id string) ([]byte, error) {
@@ -366,11 +399,24 @@ type snapshotSink struct {
 // Close implements io.Closer.
 func (s *snapshotSink) Close() error {
 	if err := s.SnapshotSink.Close(); err != nil {
-		return err
+		return errors.Join(err, s.remove())
 	}
 	sum, err := s.of.sum(s.ID())
-	if err != nil {
-		return err
+	if err == nil {
+		err = writeFileSync(filepath.Join(s.of.dir, s.ID(), "meta.sum"), sum)
 	}
-	return writeFileSync(filepath.Join(s.of.dir, s.ID(), "meta.sum"), sum)
+	if err != nil {
+		return errors.Join(err, s.remove())
+	}
+	return nil
+}
+
+// Cancel implements raft.SnapshotSink. raft's own leaves what a full disk did not take whole, and
+// with it the disk full.
+func (s *snapshotSink) Cancel() error { return errors.Join(s.SnapshotSink.Cancel(), s.remove()) }
+
+// remove removes a snapshot that failed.
+func (s *snapshotSink) remove() error {
+	dir := filepath.Join(s.of.dir, s.ID())
+	return errors.Join(os.RemoveAll(dir+".tmp"), os.RemoveAll(dir))
 }

@@ -57,7 +57,7 @@ func (c *call) deadline() time.Time {
 func (n *raftNode) leaderDeadline(ctx context.Context, leader string, deadline time.Time) (int64, error) {
 	r := n.leaderClock.Load()
 	if r == nil || r.leader != leader {
-		if _, err := n.leaderRevision(ctx, false); err != nil {
+		if _, err := n.leaderRevision(ctx, acknowledged); err != nil {
 			return 0, err
 		}
 		if r = n.leaderClock.Load(); r == nil || r.leader != leader {

@@ -116,10 +116,30 @@ type fsm struct {
 // Apply implements raft.FSM; raft calls ApplyBatch instead.
 func (f *fsm) Apply(l *raft.Log) any { return f.ApplyBatch([]*raft.Log{l})[0] }
 
-// ApplyBatch implements raft.BatchingFSM: all of logs in one transaction, with the note
-// that they are done, so that a crash neither loses a command nor runs it twice. The response of
-// an entry is a []*result, one for each of its commands; a refusal is a result.
+// applyBytes is how much of the log a transaction takes, and the entry that goes beyond. Its commands
+// may change a key for each 40 bytes: raft hands over as many entries as an append has, and all
+// in one transaction would take longer than the watchdog allows a disk, at each start again.
+const applyBytes = 256 << 10
+
+// ApplyBatch implements raft.BatchingFSM.
 func (f *fsm) ApplyBatch(logs []*raft.Log) []any {
+	out := make([]any, 0, len(logs))
+	for len(logs) > 0 {
+		n, size := 1, len(logs[0].Data)
+		for n < len(logs) && size < applyBytes {
+			size += len(logs[n].Data)
+			n++
+		}
+		out = append(out, f.applyLogs(logs[:n])...)
+		logs = logs[n:]
+	}
+	return out
+}
+
+// applyLogs applies logs in one transaction, with the note that they are done, so that a crash
+// neither loses a command nor runs it twice. The response of an entry is a []*result, one for
+// each of its commands; a refusal is a result.
+func (f *fsm) applyLogs(logs []*raft.Log) []any {
 	defer f.disk.during("write to " + f.store.path())()
 	var out []any
 	err := f.store.guarded(func() (err error) {
@@ -497,7 +517,12 @@ func (f *fsm) Snapshot() (raft.FSMSnapshot, error) {
 func (f *fsm) Restore(r io.ReadCloser) error {
 	start := time.Now()
 	if err := f.store.replace(r); err != nil {
-		return err
+		next := checkDisk
+		if errors.Is(err, errCorrupt) {
+			next = rejoinEmpty
+		}
+		// raft would take an older snapshot, or ask for this one again and again.
+		f.halt(fmt.Errorf("restore %s from a snapshot: %w; %s", f.store.path(), err, next))
 	}
 	pos := f.store.at()
 	f.log.Info("state restored from snapshot", "revision", pos.rev, "index", pos.index, "took", time.Since(start))

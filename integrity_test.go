@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"log/slog"
 	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
@@ -24,6 +25,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/hashicorp/raft"
 	"go.etcd.io/bbolt"
 )
 
@@ -545,4 +547,38 @@ func TestBitFlips(t *testing.T) {
 	n.start()
 	c.ready()
 	verify(c)
+}
+
+// TestEntryUsedAgain: who reads one entry of the log after another into the same place changes
+// none that the cache holds.
+func TestEntryUsedAgain(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	logs, err := openRaftLog(filepath.Join(dir, "raft.db"), newDisk(dir, 1, slog.New(slog.DiscardHandler), func(err error) { t.Error(err) }))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer logs.Close()
+	cache, err := raft.NewLogCache(64, logs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	data := func(index uint64) string { return fmt.Sprintf("entry %03d", index) }
+	for i := uint64(1); i <= 100; i++ {
+		if err := cache.StoreLog(&raft.Log{Index: i, Term: 1, Type: raft.LogCommand, Data: []byte(data(i))}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	used := new(raft.Log)
+	for i := uint64(100); i > 0; i-- {
+		if err := cache.GetLog(i, used); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i := uint64(1); i <= 100; i++ {
+		e := new(raft.Log)
+		if err := cache.GetLog(i, e); err != nil || string(e.Data) != data(i) || string(e.Extensions) != string(entrySum(e)) {
+			t.Errorf("entry %d is %q, sum %x (%v)", i, e.Data, e.Extensions, err)
+		}
+	}
 }

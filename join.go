@@ -70,7 +70,9 @@ func (n *raftNode) readIdentity(hasState bool) error {
 	return nil
 }
 
-// becomeUsed notes that raft is about to start here, in a cluster that these nodes formed.
+// becomeUsed notes that raft is about to start here, in a cluster that these nodes formed. That the
+// directory is used is noted when raft has its members: a node that is killed between would
+// not know itself again.
 func (n *raftNode) becomeUsed(formed map[string]uint64) error {
 	b, err := json.Marshal(formed)
 	if err != nil {
@@ -79,11 +81,13 @@ func (n *raftNode) becomeUsed(formed map[string]uint64) error {
 	if err := writeFileSync(filepath.Join(n.dir, "formed"), b); err != nil {
 		return err
 	}
-	if err := writeFileSync(filepath.Join(n.dir, "identity"), fmt.Appendf(nil, "%d %s\n", n.identity, identityUsed)); err != nil {
-		return err
-	}
 	n.formed.Store(&formed) // from now on this node answers that it has data
 	return nil
+}
+
+// markUsed notes that raft has state here, or is about to vote.
+func (n *raftNode) markUsed() error {
+	return writeFileSync(filepath.Join(n.dir, "identity"), fmt.Appendf(nil, "%d %s\n", n.identity, identityUsed))
 }
 
 // What a node answers to /state?node=ID&identity=N.

@@ -47,7 +47,11 @@ func main() {
 		fmt.Fprintf(os.Stderr, "confman: %s\n", flat(err))
 		os.Exit(2)
 	default:
-		fmt.Fprintf(os.Stderr, "confman: %s\n", flat(err))
+		text := flat(err)
+		if errors.Is(err, syscall.ENOSPC) && !strings.Contains(text, checkDisk) {
+			text += "; " + checkDisk
+		}
+		fmt.Fprintf(os.Stderr, "confman: %s\n", text)
 		os.Exit(1)
 	}
 }

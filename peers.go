@@ -399,8 +399,9 @@ func (a nodeAddr) String() string { return string(a) }
 // space between them; a question that the node cannot answer is a 503.
 //
 //	/term                    term                 the asked node's current term
-//	/revision                revision time        of the leader, confirmed after the question came
-//	/barrier                 revision time        the same, behind all that is in the leader's log
+//	/acknowledged            revision time        of the leader, see question
+//	/revision                revision time        likewise
+//	/barrier                 revision time        likewise
 //	/state?node=&identity=   state identity       what the asked node's directory holds, see join.go
 //	/rejoin?node=&identity=  1                    the leader has taken the asker's vote away
 //	/applied                 index                the last raft entry that raft has applied
@@ -433,12 +434,11 @@ func (n *raftNode) answers() http.Handler {
 	}
 	limit := n.cfg.requestTimeout()
 	answer("/term", limit, func(context.Context, url.Values) ([]uint64, error) { return []uint64{n.term()}, nil })
-	answer("/revision", limit, func(ctx context.Context, _ url.Values) ([]uint64, error) {
-		return stamped(n.confirmed(ctx))
-	})
-	answer("/barrier", limit, func(ctx context.Context, _ url.Values) ([]uint64, error) {
-		return stamped(n.behindLog(ctx))
-	})
+	for q, path := range questionPaths {
+		answer(path, limit, func(ctx context.Context, _ url.Values) ([]uint64, error) {
+			return stamped(n.answer(ctx, question(q)))
+		})
+	}
 	answer("/state", limit, func(_ context.Context, q url.Values) ([]uint64, error) {
 		identity, err := strconv.ParseUint(q.Get("identity"), 10, 64)
 		return []uint64{n.stateFor(q.Get("node"), identity), n.identity}, err

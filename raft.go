@@ -32,7 +32,7 @@ type raftNode struct {
 	raft            atomic.Pointer[raft.Raft] // nil until the node may take part
 	trans           *raft.NetworkTransport
 	logs            *raftLog
-	recent          *raft.LogCache // over logs
+	recent          raft.LogStore // a cache over logs
 	snaps           *snapshotStore
 	disk            *disk
 	members         map[string]peer                  // by node id
@@ -52,8 +52,9 @@ type raftNode struct {
 	quiet atomic.Uint64 // see holds
 
 	// What waits for a leader's word shares one question: rounds and barriers on the
-	// leader, questions and barrierQuestions on the way to it.
-	rounds, barriers, questions, barrierQuestions shared
+	// leader, asking on the way to it.
+	rounds, barriers shared
+	asking           [questions]shared
 
 	freshSince  atomic.Pointer[time.Time] // see knownFresh; nil while nothing is known
 	leaderClock atomic.Pointer[clockReading]
@@ -91,7 +92,7 @@ func startNode(cfg *config, dir string, st *store, ln net.Listener, logger *slog
 		return nil, err
 	}
 	hlog := &raftLogger{Logger: hclog.NewNullLogger(), log: logger}
-	if n.snaps, err = openSnapshots(dir, hlog); err != nil {
+	if n.snaps, err = openSnapshots(dir, hlog, n.halt); err != nil {
 		return nil, err
 	}
 	has, err := raft.HasExistingState(n.logs, n.logs, n.snaps)
@@ -107,6 +108,10 @@ func startNode(cfg *config, dir string, st *store, ln net.Listener, logger *slog
 	last, err := n.logs.LastIndex()
 	if err != nil {
 		return nil, fmt.Errorf("read %s: %w", n.logs.path, err)
+	}
+	// raft takes a snapshot in some term only, and notes that first.
+	if _, err := n.logs.GetUint64([]byte("CurrentTerm")); newest > 0 && err != nil {
+		return nil, fmt.Errorf("%s holds no term, but there are snapshots: raft's log was lost; %s (%w)", n.logs.path, rejoinEmpty, err)
 	}
 	if at := st.at().index; at > max(last, newest) {
 		return nil, fmt.Errorf("%s/state.db is at raft index %d, but raft's log and snapshots end at %d: part of the directory was lost; "+
@@ -228,6 +233,9 @@ func (n *raftNode) startRaft(newest uint64, servers []raft.Server, hlog hclog.Lo
 			return fmt.Errorf("bootstrap %s: %w", n.logs.path, err)
 		}
 	}
+	if err := n.markUsed(); err != nil { // before the first vote
+		return err
+	}
 	var r *raft.Raft
 	err = caught(func() (err error) {
 		r, err = raft.NewRaft(conf, &fsm{store: n.store, log: n.log, disk: n.disk, halt: n.halt}, n.recent, n.logs, n.snaps, trans)
@@ -294,7 +302,7 @@ func (n *raftNode) watchLeadership() error {
 			if !leads {
 				continue
 			}
-			term := r.CurrentTerm()
+			term, before := r.CurrentTerm(), r.CommitIndex()
 			// Behind this barrier the state holds every write that any leader acknowledged:
 			// an entry of the own term is committed, and all before it is applied.
 			if err := r.Barrier(0).Error(); err != nil {
@@ -302,6 +310,7 @@ func (n *raftNode) watchLeadership() error {
 				continue
 			}
 			if r.CurrentTerm() == term {
+				n.quietTo(before)
 				n.led.Store(term)
 				n.log.Info("leading", "term", term, "revision", n.store.at().rev)
 			}
@@ -433,10 +442,13 @@ func (n *raftNode) takeSnapshots() error {
 		snapshotEntries = 8192
 		snapshotBytes   = 4 << 20
 		snapshotMost    = 1 << 20 // entries after which the state's size does not matter
+		// A patch of many small values is short in the log and long in the state.
+		snapshotGrowth = 64 << 20
 	)
 	r := n.raft.Load()
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
+	said, was := false, int64(n.disk.state.Load()) // was: the state's size at the snapshot before
 	for {
 		select {
 		case <-n.ctx.Done():
@@ -445,9 +457,18 @@ func (n *raftNode) takeSnapshots() error {
 		}
 		entries, size := n.logs.grown()
 		state := int64(n.disk.state.Load())
-		if entries < snapshotEntries && size < snapshotBytes || size < state/4 && entries < snapshotMost {
+		if entries < snapshotEntries && size < snapshotBytes || size < state/4 && entries < snapshotMost && state-was < was/4+snapshotGrowth {
 			continue
 		}
+		// One that fills the disk takes the room from the log and the state, and so ends the node.
+		if n.disk.free.Load() < n.disk.state.Load()+n.disk.floor {
+			if !said {
+				n.log.Error("snapshot not taken", "error", "the disk has no room for it", "free", n.disk.free.Load(), "size", state)
+			}
+			said = true
+			continue
+		}
+		said, was = false, state
 		n.logs.mark()
 		// An entry may be large. Of the log, no more bytes stay than make an eighth of the state.
 		keep := uint64(trailingLogs)
@@ -461,6 +482,7 @@ func (n *raftNode) takeSnapshots() error {
 		}
 		if err := r.Snapshot().Error(); err != nil && !errors.Is(err, raft.ErrNothingNewToSnapshot) && !errors.Is(err, raft.ErrRaftShutdown) {
 			n.log.Error("snapshot not taken", "error", err)
+			n.logs.add(entries, size) // it is due still
 		}
 	}
 }

@@ -48,12 +48,12 @@ func (s *shared) do(ctx context.Context, f func() (uint64, error)) (uint64, erro
 // that a test can show what a weaker way does.
 var confirmLeadership = (*raftNode).askMajority
 
-// confirmed returns a revision of this node's state if the node leads and that state holds every
-// write that was acknowledged, or shown by any node, before the call (the Raft thesis, section 6.4):
-// all that earlier leaders committed was applied before led was set; all that this one had
-// committed by the call is applied when it returns, for a follower may be ahead of it in applying
-// and show it already; and a majority says after the call began that no later term has begun.
-func (n *raftNode) confirmed(ctx context.Context) (uint64, error) {
+// confirmed makes sure that this node leads and that its state holds every write that was
+// acknowledged before the call, by whatever leader (the Raft thesis, section 6.4): all that earlier
+// leaders committed was applied before led was set, this leader acknowledges a write only after it
+// is applied, and a majority says after the call began that no later term has begun. It returns the
+// raft index up to which the log was committed then.
+func (n *raftNode) confirmed(ctx context.Context) (committed uint64, err error) {
 	return n.rounds.do(ctx, func() (uint64, error) {
 		asked := time.Now()
 		term := n.led.Load()
@@ -67,19 +67,27 @@ func (n *raftNode) confirmed(ctx context.Context) (uint64, error) {
 		if !n.leads() || n.led.Load() != term {
 			return 0, errNotLeading
 		}
-		if err := n.holds(committed); err != nil {
-			return 0, err
-		}
-		rev := n.store.at().rev
 		n.knownFresh(asked)
-		return rev, nil
+		return committed, nil
 	})
 }
 
-// holds waits until this leader's state has what is committed of the log up to index. quiet is
-// the last index up to which there was nothing to wait for.
-func (n *raftNode) holds(index uint64) error {
-	ctx, cancel := context.WithTimeout(n.ctx, roundTime)
+// answer is what the leader, which this node must be, says to a question.
+func (n *raftNode) answer(ctx context.Context, q question) (rev uint64, err error) {
+	if q == complete {
+		return n.behindLog(ctx)
+	}
+	committed, err := n.confirmed(ctx)
+	if err == nil && q == readable {
+		err = n.holds(ctx, committed)
+	}
+	return n.store.at().rev, err
+}
+
+// holds waits until this leader's state has what is committed of the log up to index: a follower may
+// be ahead of it in applying. quiet is the last index up to which there was nothing to wait for.
+func (n *raftNode) holds(ctx context.Context, index uint64) error {
+	ctx, cancel := context.WithTimeout(ctx, n.cfg.requestTimeout())
 	defer cancel()
 	for {
 		bell := n.store.applied.wait()
@@ -87,24 +95,39 @@ func (n *raftNode) holds(index uint64) error {
 		if at >= index || n.quiet.Load() >= index {
 			return nil
 		}
-		// raft's own entries, one for each term and each barrier, never come to the state.
-		last, e := index, new(raft.Log)
-		for ; last > at; last-- {
-			if err := n.recent.GetLog(last, e); err != nil {
+		// raft's own entries, one for each term and each barrier, never come to the state. Up to quiet
+		// there was nothing to wait for, and what is cut from the log is in a snapshot of the state, so
+		// neither is looked at again.
+		last, from, e := index, max(at, n.quiet.Load()), new(raft.Log)
+		for ; last > from; last-- {
+			if err := n.recent.GetLog(last, e); errors.Is(err, raft.ErrLogNotFound) {
+				last = from
+				break
+			} else if err != nil {
 				return err
 			}
 			if e.Type == raft.LogCommand || e.Type == raft.LogConfiguration {
 				break
 			}
 		}
-		if last <= at {
-			n.quiet.Store(index)
+		if last <= from {
+			n.quietTo(index)
 			return nil
 		}
 		select {
 		case <-bell:
 		case <-ctx.Done():
 			return fmt.Errorf("the state has not applied raft index %d in time", last)
+		}
+	}
+}
+
+// quietTo notes that the state has all that the log holds up to index.
+func (n *raftNode) quietTo(index uint64) {
+	for {
+		old := n.quiet.Load()
+		if old >= index || n.quiet.CompareAndSwap(old, index) {
+			return
 		}
 	}
 }
@@ -177,11 +200,15 @@ func (n *raftNode) behindLog(ctx context.Context) (uint64, error) {
 		if !n.leads() {
 			return 0, errNotLeading
 		}
+		before := n.raft.Load().CommitIndex()
 		f := n.raft.Load().Barrier(roundTime)
 		done := make(chan error, 1)
 		go func() { done <- f.Error() }()
 		select {
 		case err := <-done:
+			if err == nil {
+				n.quietTo(before)
+			}
 			return n.store.at().rev, err
 		case <-time.After(n.cfg.requestTimeout()):
 			return 0, errors.New("no majority confirmed the barrier in time")
@@ -189,14 +216,22 @@ func (n *raftNode) behindLog(ctx context.Context) (uint64, error) {
 	})
 }
 
-// leaderRevision returns a revision that the leader had, still leading, after the call
-// began: this node's own if it leads. barrier asks for all of the leader's log besides. The
-// error is errNoLeader.
-func (n *raftNode) leaderRevision(ctx context.Context, barrier bool) (uint64, error) {
-	path, local, remote := "/revision", n.confirmed, &n.questions
-	if barrier {
-		path, local, remote = "/barrier", n.behindLog, &n.barrierQuestions
-	}
+// A question is what a node wants of the leader's state. The answer is a revision that the leader had,
+// still leading, after the question came.
+type question int
+
+const (
+	acknowledged question = iota // holds all that was acknowledged before
+	readable                     // and all that any node has shown
+	complete                     // and all that was in the leader's log
+	questions                    // how many there are
+)
+
+// questionPaths are where nodes ask each other.
+var questionPaths = [questions]string{"/acknowledged", "/revision", "/barrier"}
+
+// leaderRevision asks the leader, which may be this node. The error is errNoLeader.
+func (n *raftNode) leaderRevision(ctx context.Context, q question) (uint64, error) {
 	for {
 		id, _ := n.leader()
 		if id == "" {
@@ -205,17 +240,23 @@ func (n *raftNode) leaderRevision(ctx context.Context, barrier bool) (uint64, er
 		var rev uint64
 		var err error
 		if id == n.id {
-			rev, err = local(ctx)
+			rev, err = n.answer(ctx, q)
 		} else {
-			rev, err = remote.do(ctx, func() (uint64, error) {
-				limit := roundTime
-				if barrier {
-					limit = n.cfg.requestTimeout()
-				}
-				ctx, cancel := context.WithTimeout(context.Background(), limit)
+			rev, err = n.asking[q].do(ctx, func() (uint64, error) {
+				ctx, cancel := context.WithTimeout(context.Background(), n.cfg.requestTimeout())
 				defer cancel()
+				// It may take its time to apply what it is asked for. One that is gone is not waited for.
+				late := time.AfterFunc(roundTime, func() {
+					for ctx.Err() == nil {
+						if now, _ := n.leader(); now != id {
+							cancel()
+						}
+						time.Sleep(askPause) // the pace of the question
+					}
+				})
+				defer late.Stop()
 				asked := time.Now()
-				nums, err := n.ask(ctx, id, path, 2)
+				nums, err := n.ask(ctx, id, questionPaths[q], 2)
 				if err != nil {
 					return 0, err
 				}
@@ -301,7 +342,7 @@ func (n *raftNode) keepFresh() error {
 	for {
 		asked := time.Now()
 		ctx, cancel := context.WithTimeout(n.ctx, max(roundTime, 5*pause))
-		rev, err := n.leaderRevision(ctx, false)
+		rev, err := n.leaderRevision(ctx, acknowledged)
 		if err == nil && n.store.waitFor(ctx, rev) {
 			n.knownFresh(asked)
 		}
@@ -348,9 +389,11 @@ func (s *server) fresh(c *call) error {
 		c.form = consistentRead
 		ctx, cancel := context.WithTimeout(c.r.Context(), s.cfg.requestTimeout())
 		defer cancel()
-		// A write whose outcome is unknown is settled by the trail, behind all that the
-		// leader's log holds.
-		rev, err := s.node.leaderRevision(ctx, c.settles())
+		q := readable
+		if c.settles() { // by the trail
+			q = complete
+		}
+		rev, err := s.node.leaderRevision(ctx, q)
 		if err != nil {
 			return err
 		}

@@ -424,7 +424,7 @@ func aloneInMemory(t *testing.T, st *store) *raftNode {
 		}
 		return nil
 	})
-	n := &raftNode{id: "node1", store: st, log: slog.New(slog.DiscardHandler), ctx: t.Context()}
+	n := &raftNode{id: "node1", store: st, log: slog.New(slog.DiscardHandler), ctx: t.Context(), cfg: defaults()}
 	if n.recent, err = raft.NewLogCache(64, logs); err != nil {
 		t.Fatal(err)
 	}
@@ -467,7 +467,7 @@ func TestConfirmed(t *testing.T) {
 			}
 			return m.meets()
 		}
-		rev, err := n.confirmed(t.Context())
+		rev, err := n.answer(t.Context(), readable)
 		after := n.freshSince.Load()
 		if during != before {
 			t.Errorf("%s: the node is called fresh since %v while it asks", m.name, during)

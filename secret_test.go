@@ -160,8 +160,8 @@ func portOf(tb testing.TB, self string, nodes []*node, secrets ...string) *port 
 	return p
 }
 
-// question asks a node as its fellow nodes do.
-func question(p *port, id, method, path, body string, headers ...string) (*answer, error) {
+// inquire asks a node as its fellow nodes do.
+func inquire(p *port, id, method, path, body string, headers ...string) (*answer, error) {
 	asker := newAsker(p, 1)
 	defer asker.CloseIdleConnections()
 	return doWith(&http.Client{Transport: asker, Timeout: 10 * time.Second}, method, "http://"+id+path, adminKey, body, headers...)
@@ -304,7 +304,7 @@ func TestRaftPort(t *testing.T) {
 	// A call that reaches another node than the one that was meant.
 	astray := portOf(t, me, []*node{{id: "node3", raft: target.raft}, {id: "node2", raft: target.raft}, {id: "node1", raft: target.raft}}, clusterSecret)
 	for _, id := range ids {
-		a, err := question(astray, id, "GET", "/term", "")
+		a, err := inquire(astray, id, "GET", "/term", "")
 		if id != target.id && (err == nil || !strings.Contains(err.Error(), "that of node "+target.id)) {
 			t.Errorf("a call for %s that reaches %s: %v, %v", id, target.id, a, err)
 		}
@@ -513,10 +513,10 @@ func TestSecretRotation(t *testing.T) {
 		}
 	}
 	for _, n := range c.nodes {
-		if a, err := question(portOf(t, another(n), c.nodes, clusterSecret, otherSecret), n.id, "GET", "/term", ""); err == nil || !strings.Contains(err.Error(), "bad certificate") {
+		if a, err := inquire(portOf(t, another(n), c.nodes, clusterSecret, otherSecret), n.id, "GET", "/term", ""); err == nil || !strings.Contains(err.Error(), "bad certificate") {
 			t.Errorf("%s takes the old secret: %v, %v", n.id, a, err)
 		}
-		if a, err := question(portOf(t, another(n), c.nodes, otherSecret), n.id, "GET", "/term", ""); err != nil || a.status != http.StatusOK {
+		if a, err := inquire(portOf(t, another(n), c.nodes, otherSecret), n.id, "GET", "/term", ""); err != nil || a.status != http.StatusOK {
 			t.Errorf("%s refuses the new secret: %v, %v", n.id, a, err)
 		}
 		if strings.Contains(n.logged(), otherSecret) {
@@ -543,7 +543,7 @@ func TestFirstSecret(t *testing.T) {
 	c := startCluster(t, 3, plaintext)
 	n := c.nodes[0]
 	n.put(t, "app", "k", "before")
-	if a, err := question(portOf(t, another(n), c.nodes), n.id, "GET", "/term", ""); err != nil || a.status != http.StatusOK {
+	if a, err := inquire(portOf(t, another(n), c.nodes), n.id, "GET", "/term", ""); err != nil || a.status != http.StatusOK {
 		t.Errorf("a question in plain text: %v, %v", a, err)
 	}
 	c.configure(with("Cluster", "Secret", clusterSecret))
@@ -558,7 +558,7 @@ func TestFirstSecret(t *testing.T) {
 			return nil
 		})
 		n.put(t, "app", "k", n.id)
-		if a, err := question(portOf(t, another(n), c.nodes), n.id, "GET", "/term", ""); err == nil {
+		if a, err := inquire(portOf(t, another(n), c.nodes), n.id, "GET", "/term", ""); err == nil {
 			t.Errorf("%s answers plain text still: %v", n.id, a)
 		}
 	}
@@ -638,7 +638,7 @@ func TestForwardedSource(t *testing.T) {
 				return doWith(from, "PUT", f.url+path, adminKey, body, headers[:4]...)
 			})
 			put("node", m.node, func(path, body string, headers ...string) (*answer, error) {
-				return question(portOf(t, f.id, c.nodes, m.secret...), leader.id, "PUT", path, body, headers...)
+				return inquire(portOf(t, f.id, c.nodes, m.secret...), leader.id, "PUT", path, body, headers...)
 			})
 			got := map[string]string{}
 			for _, e := range leader.trail(t, "app") {

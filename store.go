@@ -10,6 +10,7 @@ import (
 	"math/bits"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -330,16 +331,19 @@ func (s *store) begin() (*bbolt.Tx, error) {
 
 // view runs f in a read transaction.
 func (s *store) view(f func(tx *bbolt.Tx) error) (err error) {
-	tx, err := s.begin()
-	if err != nil {
-		return err
-	}
-	defer tx.Rollback()
-	return s.guarded(func() error { return f(tx) })
+	return s.guarded(func() error {
+		tx, err := s.begin()
+		if err != nil {
+			return err
+		}
+		defer tx.Rollback()
+		return f(tx)
+	})
 }
 
 // guarded runs f. bbolt panics on a page that cannot be one; that is errCorrupt too.
 func (s *store) guarded(f func() error) (err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true)) // a page that the disk does not give
 	defer func() {
 		if p := recover(); p != nil {
 			err = fmt.Errorf("%s: %v: %w", s.path(), p, errCorrupt)

@@ -93,6 +93,10 @@ func guardTransport(inner *raft.NetworkTransport, d *disk, log *slog.Logger, fol
 		refusing := false
 		for rpc := range inner.Consumer() {
 			low := d.low()
+			// A snapshot is stored, and then made the state beside the old one.
+			if cmd, ok := rpc.Command.(*raft.InstallSnapshotRequest); ok {
+				low = low || d.free.Load() < d.floor+2*uint64(cmd.Size)
+			}
 			if low != refusing {
 				refusing = low
 				if low {

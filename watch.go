@@ -159,7 +159,7 @@ func (s *server) notBehind(c *call, d time.Duration) error {
 	}
 	ctx, cancel := context.WithTimeout(c.r.Context(), min(d, s.cfg.requestTimeout()))
 	defer cancel()
-	rev, err := s.node.leaderRevision(ctx, false)
+	rev, err := s.node.leaderRevision(ctx, readable)
 	if err != nil {
 		return err
 	}
@@ -233,7 +233,7 @@ func (s *server) stream(c *call, ns string) error {
 		// The client was told by a node that is ahead of this one; or it never was.
 		ctx, cancel := context.WithTimeout(c.r.Context(), s.cfg.requestTimeout())
 		defer cancel()
-		rev, err := s.node.leaderRevision(ctx, false)
+		rev, err := s.node.leaderRevision(ctx, readable)
 		if err != nil {
 			return err
 		}
