@@ -602,3 +602,19 @@ func TestLimitedKeys(t *testing.T) {
 		}
 	}
 }
+
+// TestKeyInPath: a key that was pasted into a path is in no line of the log.
+func TestKeyInPath(t *testing.T) {
+	t.Parallel()
+	c := startCluster(t, 1)
+	n := c.nodes[0]
+	const k = "cm_Q54XYVcdf-3I6H3GrMODtIsWFDRBchuVYGQFzt35HNI"
+	for _, p := range []string{"/" + k, "/api/v1/" + k, "/api/v1/config/_" + k, "/api/v1/config/app/" + k + "//" + k, "/api/v1/config/app/" + k + "%0A", "/api/v1/config/app/x%2F" + k + "%2F.."} {
+		if a, err := do("GET", n.url+p, adminKey, ""); err != nil || a.status/100 != 4 {
+			t.Errorf("%s: %v, %v", p, a, err)
+		}
+	}
+	if strings.Contains(n.logged(), k) {
+		t.Error("the log holds it")
+	}
+}

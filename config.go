@@ -182,6 +182,8 @@ func configure(args []string) (*config, error) {
 			return nil, mistaken("-node %q: must match %s", c.Cluster.NodeId, nodeID)
 		}
 		c.keyIn = "admin.key"
+		// Nobody has it: the only node calls nobody, and others of this machine reach its Raft port too.
+		c.secrets = []secret{newSecret()}
 	}
 	c.args, c.file, c.format = args, *file, *format
 	c.Storage.DataPath = cmp.Or(*data, c.Storage.DataPath)

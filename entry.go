@@ -44,7 +44,7 @@ func (e *entry) appendTo(b []byte) []byte {
 func (e entryRecord) decode() (entry, error) {
 	var v entry
 	if err := json.Unmarshal(e.json, &v); err != nil {
-		return v, fmt.Errorf("state.db: entry %.60s: %w", e.json, err)
+		return v, fmt.Errorf("state.db: an entry: %w", err) // its text may hold the value
 	}
 	return v, nil
 }
@@ -62,13 +62,13 @@ func checkKey(key string) error {
 	case len(key) > maxKey:
 		return errBadRequest.because("the key has %d bytes; at most %d are allowed", len(key), maxKey)
 	case !utf8.ValidString(key):
-		return errBadRequest.because("the key %q is not UTF-8", clip(key, 100))
+		return errBadRequest.quoting("the key %q is not UTF-8", clip(key, 100))
 	case strings.ContainsFunc(key, isControl):
-		return errBadRequest.because("the key %q holds a control character", clip(key, 100))
+		return errBadRequest.quoting("the key %q holds a control character", clip(key, 100))
 	}
 	for seg := range strings.SplitSeq(key, "/") {
 		if seg == "" || seg == "." || seg == ".." {
-			return errBadRequest.because("the key %q has an empty segment, or one that is . or ..", clip(key, 100))
+			return errBadRequest.quoting("the key %q has an empty segment, or one that is . or ..", clip(key, 100))
 		}
 	}
 	return nil

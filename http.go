@@ -282,11 +282,11 @@ func (s *server) answer(w http.ResponseWriter, r *http.Request, methods map[stri
 func (c *call) serve(methods map[string]*route, allow string) error {
 	r := c.r
 	if methods == nil {
-		return errNotFound.because("there is no route %s", clip(r.URL.Path, 200))
+		return errNotFound.quoting("there is no route %s", clip(r.URL.Path, 200))
 	}
 	if c.ns = r.PathValue("ns"); c.ns != "" || strings.Contains(r.Pattern, "{ns}") {
 		if !validNamespace(c.ns) {
-			return errBadRequest.because("%q is not a namespace: [A-Za-z0-9][A-Za-z0-9._-]{0,127}", clip(c.ns, 140))
+			return errBadRequest.quoting("%q is not a namespace: [A-Za-z0-9][A-Za-z0-9._-]{0,127}", clip(c.ns, 140))
 		}
 	}
 	if strings.HasSuffix(r.Pattern, "{key...}") {
@@ -656,12 +656,16 @@ func (c *call) observe(status int, err error) {
 	case err != nil, c.writes(), took > slow && !c.waited:
 		level = slog.LevelInfo
 	}
+	// Whoever has no right key, an expired one included, or asks for what his does not allow, fills no log, by
+	// being slow either.
+	quiet := c.who.principal == ""
 	if err != nil {
 		k := problemOf(err).kind
 		c.s.refusals.count(k)
-		if stranger := c.who.principal == ""; level == slog.LevelInfo && (stranger || k == errForbidden) && !c.s.refusals.logged(c.source()) {
-			level = slog.LevelDebug
-		}
+		quiet = quiet || k == errUnauthorized || k == errForbidden || k == errTooMany
+	}
+	if quiet && level == slog.LevelInfo && !c.s.refusals.logged(c.source()) {
+		level = slog.LevelDebug
 	}
 	ctx := context.Background()
 	if !c.s.log.Enabled(ctx, level) {

@@ -165,14 +165,15 @@ func (s *server) admit(c *call) (leave func(), err error) {
 	if w.byKey == nil {
 		w.byKey = map[[sha256.Size]byte]int{}
 	}
+	key := c.who.key // identify may find another caller, or none, before the place is given back
 	w.all++
-	w.byKey[c.who.key]++
+	w.byKey[key]++
 	return func() {
 		w.mu.Lock()
 		defer w.mu.Unlock()
 		w.all--
-		if w.byKey[c.who.key]--; w.byKey[c.who.key] == 0 {
-			delete(w.byKey, c.who.key)
+		if w.byKey[key]--; w.byKey[key] == 0 {
+			delete(w.byKey, key)
 		}
 	}, nil
 }

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -431,4 +432,76 @@ func trickle(w io.Writer, text string, stop chan struct{}) {
 func sortedQuantile(took []time.Duration, q float64) time.Duration {
 	slices.Sort(took)
 	return quantile(took, q)
+}
+
+// TestPlacesComeBack: a key that is taken away and given back has the places of what it held.
+func TestPlacesComeBack(t *testing.T) {
+	t.Parallel()
+	const key = "cm_test_places_Qm4xZs8vUc1eRt"
+	held := addKey(key, "Holder", "reader")
+	c := startCluster(t, 1, limits("MaxStreamsPerKey", 2), held)
+	n := c.nodes[0]
+	n.put(t, "app", "k", "v")
+	begin := func() (*pending, int) {
+		p := newPending(t, n)
+		p.conn.SetDeadline(time.Now().Add(limit(10 * time.Second)))
+		fmt.Fprintf(p.conn, "GET /api/v1/audit/app HTTP/1.1\r\nHost: t\r\nX-API-Key: %s\r\nAccept: text/event-stream\r\n\r\n", key)
+		resp, err := http.ReadResponse(p.r, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return p, resp.StatusCode
+	}
+	for round := range 2 {
+		var open []*pending
+		for _, want := range []int{http.StatusOK, http.StatusOK, http.StatusTooManyRequests} {
+			p, status := begin()
+			if status != want {
+				t.Errorf("round %d: with %d streams open one more is answered %d, want %d", round, len(open), status, want)
+			}
+			if status == http.StatusOK {
+				open = append(open, p)
+			}
+		}
+		c.configure(dropKey("Holder"))
+		n.reload()
+		for _, p := range open {
+			if _, err := io.Copy(io.Discard, p.r); err != nil { // until its end
+				t.Error(err)
+			}
+		}
+		c.configure(held)
+		n.reload()
+	}
+}
+
+// TestQuietStrangers: neither an expired key nor requests that are slow on purpose write more lines
+// than an address has.
+func TestQuietStrangers(t *testing.T) {
+	t.Parallel()
+	const key = "cm_test_expired_Qm4xZs8vUc1eRt"
+	c := startCluster(t, 1, addKey(key, "Past", "reader", "NotAfter", "2020-01-01T00:00:00Z"), limits("AuthFailuresPerMinute", 100))
+	n := c.nodes[0]
+	for range 300 {
+		if a, err := do("GET", n.url+"/api/v1/namespaces", key, ""); err != nil || a.status != http.StatusUnauthorized && a.status != http.StatusTooManyRequests {
+			t.Fatalf("an expired key: %v, %v", a, err)
+		}
+	}
+	var slow sync.WaitGroup
+	for range 100 {
+		slow.Go(func() {
+			p := newPending(t, n)
+			defer p.conn.Close()
+			io.WriteString(p.conn, "GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\n")
+			time.Sleep(150 * time.Millisecond) // the fault's length
+			io.WriteString(p.conn, "x")
+			if a, err := p.answer(); err != nil || a.status != http.StatusOK {
+				t.Errorf("slow: %v, %v", a, err)
+			}
+		})
+	}
+	slow.Wait()
+	if lines := strings.Count(n.logged(), "msg=request"); lines > 2*addressLines { // a minute may end between
+		t.Errorf("strangers at one address wrote %d lines; a minute has %d", lines, addressLines)
+	}
 }

@@ -91,7 +91,7 @@ func run(ctx context.Context, hup <-chan os.Signal, args []string, stdout io.Wri
 	var cert *certificate
 	if cfg.Tls.Cert != "" {
 		if cert, err = openCertificate(cfg.Tls.Cert, cfg.Tls.Key, log); err != nil {
-			return err
+			return mistaken("%s: %v", cfg.file, err)
 		}
 	} else if at, ok := api.Addr().(*net.TCPAddr); ok && !at.IP.IsLoopback() {
 		log.Warn("the API is served as plain text: keys and values can be read on the way; set Tls", "address", at.String())

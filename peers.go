@@ -492,7 +492,7 @@ func (n *raftNode) serveAsks() error {
 		}
 		answers.ServeHTTP(w, r)
 	}
-	srv := &http.Server{Handler: http.HandlerFunc(h), ReadHeaderTimeout: firstByteTime, MaxHeaderBytes: n.cfg.Limits.MaxHeaderBytes + marksSize, IdleTimeout: peerIdle,
+	srv := &http.Server{Handler: http.HandlerFunc(h), ReadHeaderTimeout: firstByteTime, MaxHeaderBytes: n.cfg.Limits.MaxHeaderBytes*5/4 + marksSize, IdleTimeout: peerIdle,
 		ErrorLog: slog.NewLogLogger(n.log.Handler(), slog.LevelWarn),
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
 			return context.WithValue(ctx, betweenNodes{}, c)

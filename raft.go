@@ -159,9 +159,13 @@ func (n *raftNode) setSecrets(secrets []secret) error {
 	}
 	if n.asker.Load() == nil || !reflect.DeepEqual(ring, n.port.ring.Load()) {
 		n.port.setRing(ring)
-		for clients, idle := range map[*atomic.Pointer[http.Transport]]int{&n.asker: 8, &n.forwards: 256} {
+		for clients, idle := range map[*atomic.Pointer[http.Transport]]int{&n.asker: 8, &n.forwards: maxForwards} {
+			next := newAsker(n.port, idle)
+			if clients == &n.forwards {
+				next.MaxConnsPerHost = maxForwards
+			}
 			// One whose idle connections were closed keeps none that becomes idle, until it is used.
-			if old := clients.Swap(newAsker(n.port, idle)); old != nil {
+			if old := clients.Swap(next); old != nil {
 				old.CloseIdleConnections()
 			}
 		}
@@ -171,6 +175,11 @@ func (n *raftNode) setSecrets(secrets []secret) error {
 	}
 	return nil
 }
+
+// maxForwards is how many writes are on their way to the leader at once; others wait. It is well below
+// maxStrangers: else a burst of writes would push this node's new connections out of the leader's port,
+// raft's among them.
+const maxForwards = maxStrangers / 2
 
 // transport is how the nodes talk to each other, as /health/ready calls it.
 func (n *raftNode) transport() string {

@@ -14,10 +14,13 @@ const markSource = "Confman-Source"
 
 // source is the address of the client, as far as it is proved.
 func (c *call) source() string {
-	if v := c.r.Header[markSource]; len(v) == 1 && net.ParseIP(v[0]) != nil {
-		if peer, ok := c.r.Context().Value(betweenNodes{}).(*peerConn); ok && peer.key != "" {
+	if peer, ok := c.r.Context().Value(betweenNodes{}).(*peerConn); ok {
+		if v := c.r.Header[markSource]; len(v) == 1 && net.ParseIP(v[0]) != nil && peer.key != "" {
 			return v[0]
 		}
+		// A node is no proxy: the X-Forwarded-For that it passes on was written by its client.
+		host, _, _ := net.SplitHostPort(c.r.RemoteAddr)
+		return host
 	}
 	return c.s.cfg.clientIP(c.r)
 }

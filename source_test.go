@@ -2,8 +2,10 @@ package main
 
 import (
 	"encoding/json"
+	"fmt"
 	"net/http"
 	"strings"
+	"sync"
 	"testing"
 )
 
@@ -84,5 +86,77 @@ func TestProxiedSource(t *testing.T) {
 				t.Errorf("from %s at %s: the trail says %v, want source %s", m.from, n.id, trail, m.want)
 			}
 		}
+	}
+}
+
+// TestForwardedMadeUp: what a client writes into X-Forwarded-For is not believed because a node, which
+// stands among the trusted proxies, has passed it on.
+func TestForwardedMadeUp(t *testing.T) {
+	t.Parallel()
+	for name, how := range map[string]edit{"plaintext": plaintext, "tls": func(map[string]any) {}} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			c := startCluster(t, 3, calm, how, with("Cluster", "Forward", true), func(doc map[string]any) { doc["TrustedProxies"] = []string{"127.0.0.1"} })
+			leader, f := c.leader(), c.followers()[0]
+			r := &rawRequest{addr: f.api, method: "PUT", target: keyPath("app", "k"), // from 127.0.0.2, which is no proxy
+				header: []string{"X-API-Key: " + adminKey, "X-Forwarded-For: 192.0.2.66"}, body: []byte(`{"value":"v"}`)}
+			if a, err := r.send(); err != nil || a.StatusCode != http.StatusCreated {
+				t.Fatal(a, err)
+			}
+			if e := leader.trail(t, "app"); e[0].Source == "192.0.2.66" {
+				t.Errorf("the source in the trail is %s, which the client made up", e[0].Source)
+			}
+		})
+	}
+}
+
+// TestForwardedHead: what the leader takes, it takes from a follower that passes it on.
+func TestForwardedHead(t *testing.T) {
+	t.Parallel()
+	c := startCluster(t, 3, calm, with("Cluster", "Forward", true))
+	h := []string{"X-API-Key: " + adminKey}
+	for range 16000 { // net/http writes each of them with a space more
+		h = append(h, "a:")
+	}
+	for _, n := range []*node{c.leader(), c.followers()[0]} {
+		r := &rawRequest{addr: n.api, method: "PUT", target: keyPath("app", n.id), header: h, body: []byte(`{"value":"v"}`)}
+		if a, err := r.send(); err != nil || a.StatusCode != http.StatusCreated {
+			t.Errorf("at %s: %v, %v", n.id, a, err)
+		}
+	}
+}
+
+// TestForwardBurst: writes that a follower passes on all at once all arrive, and push nobody's
+// connections out of the leader's Raft port.
+func TestForwardBurst(t *testing.T) {
+	t.Parallel()
+	const clients = 600
+	c := startCluster(t, 3, calm, with("Cluster", "Forward", true))
+	f := c.followers()[0]
+	f.put(t, "app", "k", "v")
+	start := make(chan struct{})
+	var all sync.WaitGroup
+	var mu sync.Mutex // protects refused
+	refused := map[string]int{}
+	for i := range clients {
+		p := newPending(t, f)
+		all.Go(func() {
+			defer p.conn.Close()
+			<-start
+			a, err := (*answer)(nil), p.send("PUT", keyPath("app", "k"), fmt.Sprintf(`{"value":"%d"}`, i))
+			if err == nil {
+				a, err = p.answer()
+			}
+			if err != nil || a.status != http.StatusOK {
+				mu.Lock()
+				refused[fmt.Sprint(a, err)[:40]]++
+				mu.Unlock()
+			}
+		})
+	}
+	close(start)
+	all.Wait()
+	if len(refused) > 0 {
+		t.Errorf("of %d writes at once: %v", clients, refused)
 	}
 }

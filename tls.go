@@ -110,11 +110,16 @@ func (c *certificate) watch(ctx context.Context) {
 	tick := time.NewTicker(certificateEvery)
 	defer tick.Stop()
 	seen := c.loaded
+	expired := time.Now().After(c.pair.Load().Leaf.NotAfter) // and the log says so
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
+		}
+		if end := c.pair.Load().Leaf.NotAfter; !expired && time.Now().After(end) {
+			expired = true
+			c.log.Error("the certificate of the API has expired; clients refuse it", "notAfter", end)
 		}
 		now := c.version()
 		if now == seen && now != c.loaded {
@@ -123,6 +128,7 @@ func (c *certificate) watch(ctx context.Context) {
 				c.log.Error("the new certificate of the API is not used; the old one stays", "error", err)
 			} else {
 				c.use(pair)
+				expired = time.Now().After(pair.Leaf.NotAfter)
 			}
 		}
 		seen = now
@@ -137,7 +143,8 @@ func (c *certificate) config() *tls.Config {
 	}
 }
 
-// checkTls refuses a pair with which the API could not be served.
+// checkTls refuses half a pair. The files are read by openCertificate: what they hold is no mistake of the
+// configuration, and keeps no key from being revoked by SIGHUP while they are written anew.
 func (c *config) checkTls() error {
 	t := c.Tls
 	switch {
@@ -148,8 +155,7 @@ func (c *config) checkTls() error {
 	case t.Key == "":
 		return errors.New("Tls.Key: missing; it goes with Tls.Cert")
 	}
-	_, err := readPair(t.Cert, t.Key)
-	return err
+	return nil
 }
 
 // scheme is that of the API's URLs.

@@ -308,3 +308,21 @@ func TestManualCertificate(t *testing.T) {
 		t.Errorf("%v: %s", err, out)
 	}
 }
+
+// TestRevokedWhileRenewed: SIGHUP takes a key away also while the files of the certificate do not fit.
+func TestRevokedWhileRenewed(t *testing.T) {
+	t.Parallel()
+	const gone = "cm_test_gone_Qm4xZs8vUc1eRt"
+	cert, key := writeCertificate(t, t.TempDir(), 1)
+	c := newCluster(t, 1, addKey(gone, "Gone", "reader"), withTLS(cert, key))
+	n := c.nodes[0]
+	n.url = "https" + strings.TrimPrefix(n.url, "http")
+	c.start()
+	c.expects = append(c.expects, "the new certificate of the API is not used")
+	writeFile(t, key, []byte("half of it"))
+	c.configure(dropKey("Gone"))
+	n.reload()
+	if a, err := do("GET", n.url+"/api/v1/namespaces", gone, ""); err != nil || a.status != http.StatusUnauthorized {
+		t.Errorf("a revoked key is answered %v, %v", a, err)
+	}
+}
