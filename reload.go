@@ -35,7 +35,7 @@ func (s *server) reload() {
 	if changed := differences("", reflect.ValueOf(*s.cfg), reflect.ValueOf(*next)); len(changed) > 0 {
 		s.log.Warn("changed in the configuration file, but in effect after the next start only", "members", strings.Join(changed, " "))
 	}
-	s.log.Info("configuration file read again", "keys", len(next.Auth.ApiKeys))
+	s.log.Info("configuration file read again", "keys", len(next.Auth.ApiKeys), "secrets", len(next.secrets))
 }
 
 // differences names the members, but for those of reloaded, that differ between two values of one

@@ -345,7 +345,7 @@ func TestReload(t *testing.T) {
 		return n.ready()
 	})
 	until(t, 10*time.Second, func() error {
-		if !strings.Contains(n.logged(), readAgain+" node=node1 keys=2\n") {
+		if !strings.Contains(n.logged(), readAgain+" node=node1 keys=2 secrets=0\n") {
 			return errors.New("a node that was sent SIGHUP while it started does not read its configuration again")
 		}
 		return nil
@@ -387,7 +387,7 @@ func TestReload(t *testing.T) {
 			map[string]any{"Id": "node2", "Address": "127.0.0.1", "ApiPort": 1, "RaftPort": 2})))
 	const outstanding = `level=WARN msg="changed in the configuration file, but in effect after the next start only" node=node1 members="Cluster.Nodes Cluster.MaxStaleness Storage.MinFreeMiB"`
 	for range 2 { // it is told until the next start
-		if lines := n.reload(); !strings.Contains(lines, outstanding) || !strings.Contains(lines, "level=INFO "+readAgain+" node=node1 keys=2\n") {
+		if lines := n.reload(); !strings.Contains(lines, outstanding) || !strings.Contains(lines, "level=INFO "+readAgain+" node=node1 keys=2 secrets=0\n") {
 			t.Errorf("after a change of keys and other members: %s", lines)
 		}
 	}
