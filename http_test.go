@@ -705,7 +705,7 @@ func TestConnectionLimits(t *testing.T) {
 	tests := []limited{
 		{"a head of 60 KiB", n.api, head("/health", 60<<10), 200, 0},
 		{"a head of more than 64 KiB", n.api, head("/health", 72<<10), 431, 0},
-		{"a head of more than 64 KiB between nodes", n.raft, head("/term", 80<<10), 431, 0},
+		{"a head of more than 64 KiB and what a node adds", n.raft, head("/term", 96<<10), 431, 0},
 		{"half a head", n.api, "GET /health HTTP/1.1\r\nHost: te", 0, 5 * time.Second},
 		{"half a head between nodes", n.raft, "GET /term HTTP/1.1\r\nHost: te", 0, 5 * time.Second},
 		{"nothing between nodes", n.raft, "", 0, 5 * time.Second},
