@@ -103,9 +103,9 @@ type eventRecord struct {
 // getEvent finds the event at p; ok is false where the trail does not hold it.
 func getEvent(tx *bbolt.Tx, p place) (e eventRecord, ok bool, err error) {
 	k := p.appendTo(nil)
-	rec := tx.Bucket(bucketTrail).Get(k)
-	if rec == nil {
-		return e, false, nil
+	rec, err := lookup(tx, bucketTrail, k)
+	if err != nil || rec == nil {
+		return e, false, err
 	}
 	e, err = parseEvent(k, rec)
 	return e, err == nil, err
@@ -264,7 +264,11 @@ func (v *verification) check(tx *bbolt.Tx, pos *place, prev *[32]byte, to uint64
 	} else if bytes.Equal(k, from) {
 		k, rec = cur.Next()
 	}
-	for scanned := 0; k != nil && placeAt(k).rev <= to; k, rec = cur.Next() {
+	for scanned := 0; k != nil; k, rec = cur.Next() {
+		if placeAt(k).rev > to {
+			_, err := unseal(bucketTrail, k, rec) // it is the end, unless its key was damaged
+			return false, err
+		}
 		if scanned++; scanned > streamScan {
 			return true, nil
 		}
@@ -425,7 +429,10 @@ func newestFirst(tx *bbolt.Tx, ns string, from place) (func() (place, eventRecor
 			var k, v []byte
 			if first {
 				first = false
-				if k, v = cur.Seek(from.appendTo(nil)); k == nil {
+				var err error
+				if k, v, err = seek(cur, bucketTrail, from.appendTo(nil)); err != nil {
+					return place{}, eventRecord{}, err
+				} else if k == nil {
 					k, v = cur.Last()
 				} else if !bytes.Equal(k, from.appendTo(nil)) {
 					k, v = cur.Prev()
@@ -465,7 +472,11 @@ func newestFirst(tx *bbolt.Tx, ns string, from place) (func() (place, eventRecor
 			return place{}, eventRecord{}, nil
 		}
 		ev, ok, err := getEvent(tx, here)
-		if err != nil || !ok {
+		if err == nil && !ok {
+			// The event behind it names it.
+			err = fmt.Errorf("state.db: event %d-%d is not there: %w", here.rev, here.n, errCorrupt)
+		}
+		if err != nil {
 			return place{}, eventRecord{}, err
 		}
 		at = ev.prev

@@ -405,7 +405,7 @@ func (s *server) listEntries(c *call) error {
 		if _, done, err = s.checkNamespace(c, tx, cond); done || err != nil {
 			return err
 		}
-		return p.walk(tx.Bucket(bucketConfig), entryKey(c.ns, ""), []byte(c.q.Get("prefix")), after, 'c', func(k, rec []byte) ([]byte, error) {
+		return p.walk(tx, bucketConfig, entryKey(c.ns, ""), []byte(c.q.Get("prefix")), after, 'c', func(k, rec []byte) ([]byte, error) {
 			e, err := parseEntry(k, rec)
 			return e.json, err
 		})

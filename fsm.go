@@ -326,14 +326,13 @@ func (b *batch) change(c *command) (*result, error) {
 	for i, ch := range c.Changes {
 		f := &olds[i]
 		f.key = entryKey(c.NS, ch.Key)
-		if rec := b.config.Get(f.key); rec != nil {
-			if f.old, err = parseEntry(f.key, rec); err != nil {
-				return nil, err
-			}
+		if f.old, f.ok, err = getEntry(b.tx, f.key); err != nil {
+			return nil, err
+		}
+		if f.ok {
 			if f.entry, err = f.old.decode(); err != nil {
 				return nil, err
 			}
-			f.ok = true
 		}
 		switch {
 		case ch.Value == nil && !f.ok:

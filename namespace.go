@@ -34,9 +34,9 @@ type namespace struct {
 // getNamespace finds a namespace, deleted ones too; nil where it never was.
 func getNamespace(tx *bbolt.Tx, ns string) (*namespace, error) {
 	k := []byte(ns)
-	rec := tx.Bucket(bucketNamespaces).Get(k)
-	if rec == nil {
-		return nil, nil
+	rec, err := lookup(tx, bucketNamespaces, k)
+	if err != nil || rec == nil {
+		return nil, err
 	}
 	return parseNamespace(k, rec)
 }
@@ -163,7 +163,7 @@ func (s *server) listNamespaces(c *call) error {
 	p := newPage(limit, false)
 	defer p.free()
 	err = s.store.view(func(tx *bbolt.Tx) error {
-		return p.walk(tx.Bucket(bucketNamespaces), nil, []byte(c.q.Get("prefix")), after, 'n', func(k, rec []byte) ([]byte, error) {
+		return p.walk(tx, bucketNamespaces, nil, []byte(c.q.Get("prefix")), after, 'n', func(k, rec []byte) ([]byte, error) {
 			n, err := parseNamespace(k, rec)
 			if err != nil || n.deleted || !c.who.covers(string(k)) {
 				return nil, err
@@ -279,7 +279,7 @@ func (s *server) listKeys(c *call) error {
 			return err
 		}
 		space := entryKey(c.ns, "")
-		return p.walk(tx.Bucket(bucketConfig), space, []byte(c.q.Get("prefix")), after, 'k', func(k, rec []byte) ([]byte, error) {
+		return p.walk(tx, bucketConfig, space, []byte(c.q.Get("prefix")), after, 'k', func(k, rec []byte) ([]byte, error) {
 			if _, err := parseEntry(k, rec); err != nil || plain {
 				return k[len(space):], err
 			}

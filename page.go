@@ -67,9 +67,9 @@ func (p *page) send(c *call) error {
 	return c.sendJSON(http.StatusOK, p.buf)
 }
 
-// walk adds to the page what lies in b under space and prefix, behind the key after (nil:
+// walk adds to the page what lies in a bucket under space and prefix, behind the key after (nil:
 // from the first), until the page is full. item makes an item of a record; nil is none.
-func (p *page) walk(b *bbolt.Bucket, space, prefix, after []byte, kind byte, item func(k, v []byte) ([]byte, error)) error {
+func (p *page) walk(tx *bbolt.Tx, bucket, space, prefix, after []byte, kind byte, item func(k, v []byte) ([]byte, error)) error {
 	prefix = append(bytes.Clone(space), prefix...)
 	from := prefix
 	if after != nil {
@@ -78,8 +78,11 @@ func (p *page) walk(b *bbolt.Bucket, space, prefix, after []byte, kind byte, ite
 			from = after
 		}
 	}
-	cur := b.Cursor()
-	k, v := cur.Seek(from)
+	cur := tx.Bucket(bucket).Cursor()
+	k, v, err := seek(cur, bucket, from)
+	if err != nil {
+		return err
+	}
 	if after != nil && bytes.Equal(k, after) {
 		k, v = cur.Next()
 	}
@@ -99,5 +102,8 @@ func (p *page) walk(b *bbolt.Bucket, space, prefix, after []byte, kind byte, ite
 		p.add(it)
 		last = k[len(space):]
 	}
-	return nil
+	if k != nil { // it ends the list, unless its key was damaged
+		_, err = unseal(bucket, k, v)
+	}
+	return err
 }

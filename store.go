@@ -454,25 +454,47 @@ func entryKey(ns, key string) []byte {
 	return append(append(append(b, ns...), 0), key...)
 }
 
+// seek returns the first record at or behind key from; k is nil if there is none. bbolt finds it by
+// comparing keys, so one that was damaged can lead it astray, and then it ends beside that one:
+// unless k is from, the records around the place are checked. They are of one bucket, named in the error.
+func seek(cur *bbolt.Cursor, bucket, from []byte) (k, rec []byte, err error) {
+	k, rec = cur.Seek(from)
+	if bytes.Equal(k, from) {
+		return k, rec, nil
+	}
+	var before, brec []byte
+	if k == nil {
+		before, brec = cur.Last()
+	} else if _, err = unseal(bucket, k, rec); err == nil {
+		before, brec = cur.Prev()
+	}
+	if err == nil && before != nil {
+		_, err = unseal(bucket, before, brec)
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	k, rec = cur.Seek(from)
+	return k, rec, nil
+}
+
+// lookup returns the record of a key, unchecked; nil where there is none.
+func lookup(tx *bbolt.Tx, bucket, k []byte) (rec []byte, err error) {
+	found, rec, err := seek(tx.Bucket(bucket).Cursor(), bucket, k)
+	if err != nil || !bytes.Equal(found, k) {
+		return nil, err
+	}
+	return rec, nil
+}
+
 // getEntry finds an entry; ok is false where there is none.
 func getEntry(tx *bbolt.Tx, k []byte) (e entryRecord, ok bool, err error) {
-	cur := tx.Bucket(bucketConfig).Cursor()
-	found, rec := cur.Seek(k)
-	if bytes.Equal(found, k) {
-		e, err = parseEntry(k, rec)
-		return e, err == nil, err
+	rec, err := lookup(tx, bucketConfig, k)
+	if err != nil || rec == nil {
+		return e, false, err
 	}
-	// A key that was damaged is not found under its name, but what stands where it would be
-	// does not fit its checksum.
-	if found != nil {
-		if _, err := parseEntry(found, rec); err != nil {
-			return e, false, err
-		}
-	}
-	if found, rec = cur.Prev(); found != nil {
-		_, err = parseEntry(found, rec)
-	}
-	return e, false, err
+	e, err = parseEntry(k, rec)
+	return e, err == nil, err
 }
 
 func parseEntry(k, rec []byte) (e entryRecord, err error) {

@@ -399,7 +399,10 @@ func (s *server) collect(ns string, pos place, filter eventFilter, buf *[]byte) 
 		}
 		cur := tx.Bucket(bucketTrail).Cursor()
 		from := pos.appendTo(nil)
-		k, v := cur.Seek(from)
+		k, v, err := seek(cur, bucketTrail, from)
+		if err != nil {
+			return err
+		}
 		if bytes.Equal(k, from) {
 			k, v = cur.Next()
 		}
