@@ -246,7 +246,10 @@ func (s *server) verify(c *call) error {
 func (v *verification) check(tx *bbolt.Tx, pos *place, prev *[32]byte, to uint64) (more bool, err error) {
 	cur := tx.Bucket(bucketTrail).Cursor()
 	from := pos.appendTo(nil)
-	k, rec := cur.Seek(from)
+	k, rec, err := seek(cur, bucketTrail, from)
+	if err != nil {
+		return false, err
+	}
 	if v.Events == 0 {
 		// The hash that the first event follows is that of the one before it, if any.
 		before, brec := cur.Prev()
@@ -288,6 +291,9 @@ func (v *verification) check(tx *bbolt.Tx, pos *place, prev *[32]byte, to uint64
 		}
 		v.Events++
 		v.Last, v.Hash = id, hex.EncodeToString(prev[:])
+	}
+	if end := storedRevision(tx); v.Events > 0 && pos.rev < end {
+		v.OK, v.Event, v.Detail = false, fmt.Sprintf("%d-%d", pos.rev, pos.n), fmt.Sprintf("the trail ends here, and the store is at revision %d", end)
 	}
 	return false, nil
 }
@@ -424,27 +430,32 @@ func (s *server) audit(c *call, ns string) error {
 func newestFirst(tx *bbolt.Tx, ns string, from place) (func() (place, eventRecord, error), error) {
 	if ns == "" {
 		cur := tx.Bucket(bucketTrail).Cursor()
-		first := true
+		var behind *place // the event that was returned before
 		return func() (place, eventRecord, error) {
 			var k, v []byte
-			if first {
-				first = false
-				var err error
-				if k, v, err = seek(cur, bucketTrail, from.appendTo(nil)); err != nil {
-					return place{}, eventRecord{}, err
-				} else if k == nil {
-					k, v = cur.Last()
-				} else if !bytes.Equal(k, from.appendTo(nil)) {
-					k, v = cur.Prev()
-				}
-			} else {
+			var err error
+			if behind != nil {
+				k, v = cur.Prev()
+			} else if k, v, err = seek(cur, bucketTrail, from.appendTo(nil)); err != nil {
+				return place{}, eventRecord{}, err
+			} else if k == nil {
+				k, v = cur.Last()
+			} else if !bytes.Equal(k, from.appendTo(nil)) {
 				k, v = cur.Prev()
 			}
+			at := place{}
+			if k != nil {
+				at = placeAt(k)
+			}
+			if behind != nil && !at.leadsTo(*behind) || behind == nil && from.rev == math.MaxUint64 && at.rev != storedRevision(tx) {
+				return place{}, eventRecord{}, fmt.Errorf("state.db: the trail has a gap behind event %d-%d: %w", at.rev, at.n, errCorrupt)
+			}
+			behind = &at
 			if k == nil {
 				return place{}, eventRecord{}, nil
 			}
 			ev, err := parseEvent(k, v)
-			return placeAt(k), ev, err
+			return at, ev, err
 		}, nil
 	}
 	n, err := getNamespace(tx, ns)
@@ -482,6 +493,12 @@ func newestFirst(tx *bbolt.Tx, ns string, from place) (func() (place, eventRecor
 		at = ev.prev
 		return here, ev, nil
 	}, nil
+}
+
+// leadsTo reports whether q can be the next event behind p, or behind the revision of which p is the
+// end: no revision is without an event.
+func (p place) leadsTo(q place) bool {
+	return q.n > 0 && p == place{q.rev, q.n - 1} || q.n == 0 && p.rev+1 == q.rev
 }
 
 // before reports whether p comes before q in the trail.

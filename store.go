@@ -138,7 +138,10 @@ func openStore(dir string) (s *store, how string, err error) {
 	}
 	s = &store{dir: dir}
 	if s.db, err = openDB(path); err == nil {
-		if err = s.load(); err != nil {
+		if err = s.load(); err == nil && strings.HasPrefix(how, "kept") {
+			err = viewed(s.db, checkEntries)
+		}
+		if err != nil {
 			s.db.Close()
 		}
 	}
@@ -146,6 +149,47 @@ func openStore(dir string) (s *store, how string, err error) {
 		return nil, "", fmt.Errorf("%w; if the file is damaged, %s", err, rebuildState)
 	}
 	return s, how, nil
+}
+
+// checkEntries checks what the checksums of records do not show, because they are in no page's own:
+// that no entry is missing, twice, or in the place of another. The trail needs no such check: its
+// events name each other.
+func checkEntries(tx *bbolt.Tx) error {
+	found := map[string]uint64{}
+	var last, ns []byte
+	err := tx.Bucket(bucketConfig).ForEach(func(k, rec []byte) error {
+		if _, err := unseal(bucketConfig, k, rec); err != nil {
+			return err
+		}
+		if last != nil && bytes.Compare(last, k) >= 0 {
+			return fmt.Errorf("state.db: bucket config is not in order at key %q: %w", k, errCorrupt)
+		}
+		last = k
+		if !bytes.HasPrefix(k, ns) || ns == nil {
+			ns = k[:bytes.IndexByte(k, 0)+1]
+		}
+		found[string(ns)]++
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	last = nil
+	err = tx.Bucket(bucketNamespaces).ForEach(func(k, rec []byte) error {
+		n, err := parseNamespace(k, rec)
+		if err == nil && (last != nil && bytes.Compare(last, k) >= 0 || found[string(k)+"\x00"] != n.keys) {
+			err = fmt.Errorf("state.db: namespace %q has %d keys, and there are %d: %w", k, n.keys, found[string(k)+"\x00"], errCorrupt)
+		}
+		delete(found, string(k)+"\x00")
+		last = k
+		return err
+	})
+	for ns := range found {
+		if err == nil {
+			err = fmt.Errorf("state.db: there are keys of a namespace %q, which is not there: %w", ns, errCorrupt)
+		}
+	}
+	return err
 }
 
 // removeTemporary removes what a process that was killed in the middle left behind.
@@ -212,15 +256,19 @@ func syncDir(dir string) error {
 
 // openDB opens a state file with the options that a store needs.
 func openDB(path string) (*bbolt.DB, error) {
-	db, err := bbolt.Open(path, 0o600, &bbolt.Options{
-		Timeout:      time.Second,
-		FreelistType: bbolt.FreelistMapType,
-		NoSync:       true,
-		NoGrowSync:   true,
-		NoStatistics: true,
-		// Address space, not memory. While the file outgrows its map bbolt stops
-		// every writer until the last reader is done, and then every reader.
-		InitialMmapSize: 16 << 30,
+	var db *bbolt.DB
+	err := caught(func() (err error) {
+		db, err = bbolt.Open(path, 0o600, &bbolt.Options{
+			Timeout:      time.Second,
+			FreelistType: bbolt.FreelistMapType,
+			NoSync:       true,
+			NoGrowSync:   true,
+			NoStatistics: true,
+			// Address space, not memory. While the file outgrows its map bbolt stops
+			// every writer until the last reader is done, and then every reader.
+			InitialMmapSize: 16 << 30,
+		})
+		return err
 	})
 	if err != nil {
 		return nil, fmt.Errorf("open %s: %w", path, err)
@@ -230,17 +278,7 @@ func openDB(path string) (*bbolt.DB, error) {
 
 // load makes the buckets of an empty file and reads the position of any other.
 func (s *store) load() error {
-	err := s.db.Update(func(tx *bbolt.Tx) error {
-		if tx.Bucket(bucketMeta) != nil {
-			return nil
-		}
-		for _, name := range [][]byte{bucketMeta, bucketConfig, bucketNamespaces, bucketTrail} {
-			if _, err := tx.CreateBucket(name); err != nil {
-				return err
-			}
-		}
-		return tx.Bucket(bucketMeta).Put([]byte("format"), binary.BigEndian.AppendUint32(nil, storeFormat))
-	})
+	err := caught(func() error { return s.db.Update(makeBuckets) })
 	if err != nil {
 		return fmt.Errorf("initialise %s: %w", s.db.Path(), err)
 	}
@@ -252,10 +290,28 @@ func (s *store) load() error {
 	return nil
 }
 
+// makeBuckets makes what an empty file lacks.
+func makeBuckets(tx *bbolt.Tx) error {
+	if tx.Bucket(bucketMeta) != nil {
+		return nil
+	}
+	for _, name := range [][]byte{bucketMeta, bucketConfig, bucketNamespaces, bucketTrail} {
+		if _, err := tx.CreateBucket(name); err != nil {
+			return err
+		}
+	}
+	return tx.Bucket(bucketMeta).Put([]byte("format"), binary.BigEndian.AppendUint32(nil, storeFormat))
+}
+
+// viewed is db.View for a file of which nothing is known yet.
+func viewed(db *bbolt.DB, f func(*bbolt.Tx) error) error {
+	return caught(func() error { return db.View(f) })
+}
+
 // readPosition reads the meta bucket and checks the format.
 func readPosition(db *bbolt.DB) (*position, error) {
 	pos := &position{}
-	err := db.View(func(tx *bbolt.Tx) error {
+	err := viewed(db, func(tx *bbolt.Tx) error {
 		meta := tx.Bucket(bucketMeta)
 		if meta == nil {
 			return errors.New("not a state file: no bucket meta")
@@ -455,8 +511,9 @@ func entryKey(ns, key string) []byte {
 }
 
 // seek returns the first record at or behind key from; k is nil if there is none. bbolt finds it by
-// comparing keys, so one that was damaged can lead it astray, and then it ends beside that one:
-// unless k is from, the records around the place are checked. They are of one bucket, named in the error.
+// comparing keys, so one that was damaged can lead it astray, and then it ends beside that one, or
+// on another page: unless k is from, the records around the place and their order are checked. They
+// are of one bucket, named in the error.
 func seek(cur *bbolt.Cursor, bucket, from []byte) (k, rec []byte, err error) {
 	k, rec = cur.Seek(from)
 	if bytes.Equal(k, from) {
@@ -470,6 +527,9 @@ func seek(cur *bbolt.Cursor, bucket, from []byte) (k, rec []byte, err error) {
 	}
 	if err == nil && before != nil {
 		_, err = unseal(bucket, before, brec)
+	}
+	if err == nil && (k != nil && bytes.Compare(k, from) < 0 || before != nil && bytes.Compare(before, from) >= 0) {
+		err = fmt.Errorf("state.db: bucket %s is not in order at key %q: %w", bucket, from, errCorrupt)
 	}
 	if err != nil {
 		return nil, nil, err

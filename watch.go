@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"math"
 	"net/http"
 	"slices"
@@ -412,6 +413,9 @@ func (s *server) collect(ns string, pos place, filter eventFilter, buf *[]byte) 
 				return nil
 			}
 			ev, err := parseEvent(k, v)
+			if err == nil && !pos.leadsTo(placeAt(k)) {
+				err = fmt.Errorf("state.db: the trail has a gap behind event %d-%d: %w", pos.rev, pos.n, errCorrupt)
+			}
 			if err != nil {
 				return err
 			}
