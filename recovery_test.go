@@ -355,7 +355,7 @@ func TestPageGone(t *testing.T) {
 // node says so. It does not say that a file is damaged, for that would cost the data.
 func TestRestoreWithoutRoom(t *testing.T) {
 	t.Parallel()
-	v := newVolume(t, 256)
+	v := newVolume(t, 512) // whose state file, log and snapshots, however far they are apart, leave twice the state free
 	c := newCluster(t, 1, with("Storage", "MinFreeMiB", 8))
 	n := c.nodes[0]
 	v.hold(n)
