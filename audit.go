@@ -431,6 +431,7 @@ func newestFirst(tx *bbolt.Tx, ns string, from place) (func() (place, eventRecor
 	if ns == "" {
 		cur := tx.Bucket(bucketTrail).Cursor()
 		var behind *place // the event that was returned before
+		jump := false     // and it may stand behind any other
 		return func() (place, eventRecord, error) {
 			var k, v []byte
 			var err error
@@ -447,7 +448,7 @@ func newestFirst(tx *bbolt.Tx, ns string, from place) (func() (place, eventRecor
 			if k != nil {
 				at = placeAt(k)
 			}
-			if behind != nil && !at.leadsTo(*behind) || behind == nil && from.rev == math.MaxUint64 && at.rev != storedRevision(tx) {
+			if behind != nil && !at.leadsTo(*behind, jump) || behind == nil && from.rev == math.MaxUint64 && at.rev != storedRevision(tx) {
 				return place{}, eventRecord{}, fmt.Errorf("state.db: the trail has a gap behind event %d-%d: %w", at.rev, at.n, errCorrupt)
 			}
 			behind = &at
@@ -455,6 +456,7 @@ func newestFirst(tx *bbolt.Tx, ns string, from place) (func() (place, eventRecor
 				return place{}, eventRecord{}, nil
 			}
 			ev, err := parseEvent(k, v)
+			jump = err == nil && jumps(ev.json)
 			return at, ev, err
 		}, nil
 	}
@@ -496,25 +498,32 @@ func newestFirst(tx *bbolt.Tx, ns string, from place) (func() (place, eventRecor
 }
 
 // leadsTo reports whether q can be the next event behind p, or behind the revision of which p is the
-// end: no revision is without an event.
-func (p place) leadsTo(q place) bool {
-	return q.n > 0 && p == place{q.rev, q.n - 1} || q.n == 0 && p.rev+1 == q.rev
+// end: no revision is without an event, but for those that the event at q jumps over.
+func (p place) leadsTo(q place, jump bool) bool {
+	return q.n > 0 && p == place{q.rev, q.n - 1} || q.n == 0 && (p.rev+1 == q.rev || jump && p.rev < q.rev)
 }
+
+// jumps reports whether an event, as stored, may leave out revisions in front of its own: a cluster that
+// is made from a backup begins far above the backup's revision, see -restore.
+func jumps(stored []byte) bool { return string(actionOf(stored)) == "store.restore" }
 
 // before reports whether p comes before q in the trail.
 func (p place) before(q place) bool {
 	return p.rev < q.rev || p.rev == q.rev && p.n < q.n
 }
 
-// appendTrail writes an event behind the trail's end; b is the batch that makes it.
-// places are those of a version, or nil.
+// appendTrail writes an event behind the trail's end; b is the batch that makes it. n is nil for an
+// event of no namespace. places are those of a version, or nil.
 func (b *batch) appendTrail(ev *event, n *namespace, at place, places []byte) error {
 	rec := make([]byte, 4, 512+len(places)+len(ev.Key)+size(ev.OldValue)+size(ev.NewValue))
-	rec = n.last.appendTo(rec)
+	prev := place{}
+	if n != nil {
+		prev, n.last = n.last, at
+	}
+	rec = prev.appendTo(rec)
 	rec = append(rec, byte(len(places)/10))
 	rec = append(rec, places...)
 	rec, b.pos.hash = ev.appendHashed(rec, b.pos.hash)
-	n.last = at
 	k := binary.BigEndian.AppendUint16(binary.BigEndian.AppendUint64(make([]byte, 0, 10), at.rev), at.n)
 	return b.trail.Put(k, seal(k, rec))
 }

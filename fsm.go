@@ -502,6 +502,16 @@ func (b *batch) namespaceEvent(c *command, n *namespace, now, action string, old
 	return b.appendTrail(ev, n, place{b.pos.rev, 0}, nil)
 }
 
+// storeEvent writes the event of a command that is about no namespace, in the revision that next has
+// begun; subject takes the place of a key. Only those who may see all of the trail see it.
+func (b *batch) storeEvent(c *command, now, action, subject string, old, new *string) error {
+	ev := &event{
+		ID: strconv.FormatUint(b.pos.rev, 10) + "-0", Revision: b.pos.rev, Timestamp: now, Action: action,
+		Actor: c.Actor, Key: subject, Type: "json", OldValue: old, NewValue: new, CorrelationID: c.ID, Source: c.Source,
+	}
+	return b.appendTrail(ev, nil, place{b.pos.rev, 0}, nil)
+}
+
 // Snapshot implements raft.FSM. It only begins a read transaction, so that Apply goes on
 // beside Persist.
 func (f *fsm) Snapshot() (raft.FSMSnapshot, error) {

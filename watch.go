@@ -413,7 +413,7 @@ func (s *server) collect(ns string, pos place, filter eventFilter, buf *[]byte) 
 				return nil
 			}
 			ev, err := parseEvent(k, v)
-			if err == nil && !pos.leadsTo(placeAt(k)) {
+			if err == nil && !pos.leadsTo(placeAt(k), jumps(ev.json)) {
 				err = fmt.Errorf("state.db: the trail has a gap behind event %d-%d: %w", pos.rev, pos.n, errCorrupt)
 			}
 			if err != nil {
