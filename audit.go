@@ -539,8 +539,8 @@ func size(s *string) int {
 const compareEvery = 5 * time.Second
 
 // compareHashes compares the hash of the newest event with the other nodes' for the same
-// revision. Replicas of one log cannot differ, so a node that does, from a majority, stops; and
-// one that no majority agrees with stops too.
+// revision: voters' word counts. Replicas of one log cannot differ, so a node that does, from a
+// majority, stops; and one that no majority agrees with stops too.
 func (n *raftNode) compareHashes() error {
 	for {
 		select {
@@ -553,11 +553,10 @@ func (n *raftNode) compareHashes() error {
 			continue
 		}
 		mine := hashNumbers(pos.hash)
-		same, differ := 1, []string{}
-		for id := range n.members {
-			if id == n.id {
-				continue
-			}
+		others, differ := n.voters(n.id), []string{}
+		voters := len(n.voters(""))
+		same := voters - len(others) // this one, if it votes
+		for _, id := range others {
 			ctx, cancel := context.WithTimeout(n.ctx, roundTime)
 			theirs, err := n.ask(ctx, id, "/hash?revision="+strconv.FormatUint(pos.rev, 10), 4)
 			cancel()
@@ -573,7 +572,7 @@ func (n *raftNode) compareHashes() error {
 			continue
 		}
 		slices.Sort(differ)
-		if same > len(n.members)/2 {
+		if same > voters/2 {
 			n.log.Error("another node's trail differs from the majority's", "revision", pos.rev, "nodes", strings.Join(differ, " "))
 			continue
 		}

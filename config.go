@@ -71,6 +71,7 @@ type config struct {
 	file    string         // empty without one
 	format  string         // of the log: text or json
 	keyIn   string         // the made key's file; empty with a configuration file
+	join    bool           // this node is new in a cluster that is there
 	keygen  string         // what to print and be done, key or secret; empty: be a node
 	secrets []secret       // the cluster's, decoded by check
 	proxies []netip.Prefix // TrustedProxies
@@ -133,6 +134,7 @@ func configure(args []string) (*config, error) {
 	id := flags.String("node", "", "`id` of this node, one of Cluster.Nodes")
 	data := flags.String("data", "", "`directory` of all data, in place of Storage.DataPath")
 	format := flags.String("log", "text", "`format` of the log on standard error: text or json")
+	join := flags.Bool("join", false, "with an empty directory, begin no cluster but wait to be added to the one of Cluster.Nodes")
 	generate := flags.Bool("keygen", false, "print a new API key and its line for the file and end; with the word secret, a new secret")
 	var said bytes.Buffer // its words go out as one line, like every mistake
 	flags.SetOutput(&said)
@@ -173,7 +175,12 @@ func configure(args []string) (*config, error) {
 		if c, err = loadConfig(*file, *id); err != nil {
 			return nil, err
 		}
-		c.file = *file
+		c.file, c.join = *file, *join
+		if *join && len(c.Cluster.Nodes) < 2 {
+			return nil, mistaken("%s: Cluster.Nodes: lists this node alone; with -join, list a node of the cluster, too", *file)
+		}
+	} else if *join {
+		return nil, mistaken("-join goes with -config")
 	} else {
 		c = defaults()
 		c.Cluster.NodeId = cmp.Or(*id, "node1")

@@ -161,6 +161,8 @@ type raftLog struct {
 	*raftboltdb.BoltStore
 	path string
 	disk *disk
+	// stored, if it is there, is called with each command before it is appended.
+	stored func(*raft.Log)
 
 	entries, bytes atomic.Int64 // appended since mark
 }
@@ -226,6 +228,9 @@ func (l *raftLog) StoreLogs(logs []*raft.Log) error {
 			return l.check("append to", fmt.Errorf("entry %d: %w", e.Index, errCorrupt))
 		}
 		size += len(e.Data)
+		if l.stored != nil && e.Type == raft.LogCommand {
+			l.stored(e)
+		}
 	}
 	defer l.disk.during("append to " + l.path)()
 	if err := l.check("append to", l.BoltStore.StoreLogs(logs)); err != nil {

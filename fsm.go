@@ -24,15 +24,21 @@ import (
 // Whatever is not a function of the log is decided by the proposer and carried here: the
 // time, the author, any random number. Apply looks at nothing else.
 type command struct {
-	Op      string    `json:"op"` // set, delete, patch, describe (a namespace) or drop (a namespace)
-	NS      string    `json:"ns"`
-	Changes []change  `json:"changes,omitempty"` // in byte order of the keys, each key once
-	Meta    *nsMeta   `json:"meta,omitempty"`    // of describe; CreatedAt is ignored
-	If      condition `json:"if,omitzero"`       // checked when applied, never before
-	Actor   string    `json:"actor"`             // the principal, never the key
-	Source  string    `json:"source"`            // the client's IP address
-	ID      string    `json:"id"`                // the correlation id
-	At      int64     `json:"at"`                // the leader's clock, nanoseconds since 1970
+	// Op is set, delete, patch, describe or drop (a namespace), or of the cluster member, unmember
+	// or lead.
+	Op      string   `json:"op"`
+	NS      string   `json:"ns"`
+	Changes []change `json:"changes,omitempty"` // in byte order of the keys, each key once
+	Meta    *nsMeta  `json:"meta,omitempty"`    // of describe; CreatedAt is ignored
+	// Node is who is added or changed, removed, or asked to lead. Known are the members that the
+	// leader knows by its file alone, of member and unmember.
+	Node   *nodeRecord  `json:"node,omitempty"`
+	Known  []nodeRecord `json:"known,omitempty"`
+	If     condition    `json:"if,omitzero"` // checked when applied, never before
+	Actor  string       `json:"actor"`       // the principal, never the key
+	Source string       `json:"source"`      // the client's IP address
+	ID     string       `json:"id"`          // the correlation id
+	At     int64        `json:"at"`          // the leader's clock, nanoseconds since 1970
 	// Until is when the leader gives the request up, by its clock, nanoseconds since 1970. raft
 	// notes when it appends an entry; one that was appended later changes nothing, so that whoever
 	// was told "unknown" knows after that time that the write is in the log or never will be.
@@ -202,6 +208,9 @@ func (s *store) apply(logs []*raft.Log) ([]any, error) {
 		s.pos.Store(&b.pos)
 		s.applied.ring()
 	}
+	if b.joined {
+		s.joined.ring()
+	}
 	if b.pos.rev != old.rev {
 		s.changed.ring() // after the commit, so whoever wakes finds the change
 		s.watches.ring(append(b.touched, nil))
@@ -217,6 +226,7 @@ type batch struct {
 	namespaces    map[string]*namespace // those looked up; written by finish if dirty
 	dirty         []string
 	touched       [][]byte // what changed, as watches names it
+	joined        bool     // a membership record changed
 }
 
 func (b *batch) open(tx *bbolt.Tx) {
@@ -281,6 +291,10 @@ func (b *batch) run(c *command) (*result, error) {
 		return b.describe(c)
 	case "drop":
 		return b.drop(c)
+	case "member", "unmember":
+		return b.member(c)
+	case "lead":
+		return b.lead(c)
 	}
 	return nil, fmt.Errorf("%w: unknown op %q", errEntry, c.Op)
 }

@@ -79,6 +79,10 @@ func (s *server) routes() []route {
 		{"GET", "/api/v1/audit/{ns}", reader, oneNamespace, "limit cursor key actor correlationId since" + reads, s.streamed(s.listAudit)},
 		{"GET", "/api/v1/audit", admin, wholeStore, "limit cursor key actor correlationId since" + reads, s.streamed(s.listAllAudit)},
 		{"GET", "/api/v1/verify", admin, wholeStore, "from to" + reads, s.verify},
+		{"GET", "/api/v1/cluster", reader, noNamespace, "", s.getCluster},
+		{"PUT", "/api/v1/cluster/nodes/{id}", admin, wholeStore, "force", s.putNode},
+		{"DELETE", "/api/v1/cluster/nodes/{id}", admin, wholeStore, "force", s.deleteNode},
+		{"POST", "/api/v1/cluster/leader", admin, wholeStore, "", s.moveLeader},
 		{"GET", "/health", public, noNamespace, "", s.health},
 		{"GET", "/health/ready", public, noNamespace, "", s.ready},
 	}
@@ -374,7 +378,7 @@ func (c *call) readQuery() (err error) {
 }
 
 // flags are the parameters that are there or not.
-var flags = []string{"raw", "stale", "consistent"}
+var flags = []string{"raw", "stale", "consistent", "force"}
 
 // number reads a parameter that is a number, 0 or more.
 func (c *call) number(name string, missing uint64) (uint64, error) {

@@ -25,6 +25,9 @@ import (
 //   - one of a cluster that holds data: then the leader must take its vote away first, and that
 //     must be committed. It then starts without a vote, is caught up, and gets its vote back.
 //
+// A node that is new in an old cluster comes in by the second way: started with -join, it never takes
+// itself for one of a new cluster, and the leader lets it in once somebody has added it.
+//
 // Nodes that start together see each other turn from empty to formed. What tells a fresh
 // cluster from an old one is the directories' identities: a number drawn when the directory is
 // made, in the file identity. A node that bootstraps notes in the file formed whose empty
@@ -119,36 +122,50 @@ const (
 // join finds out how this empty node may start raft: with the members of a new cluster, or
 // with none, when the leader of the one that is there has made it a member without a vote.
 func (n *raftNode) join() ([]raft.Server, error) {
-	others := make([]string, 0, len(n.members))
-	for id := range n.members {
-		if id != n.id {
-			others = append(others, id)
-		}
+	filed := make([]string, 0, len(n.cfg.Cluster.Nodes))
+	for _, m := range n.cfg.Cluster.Nodes {
+		filed = append(filed, m.Id)
 	}
-	slices.Sort(others)
+	slices.Sort(filed)
+	others := slices.DeleteFunc(slices.Clone(filed), func(id string) bool { return id == n.id })
 	began, told := time.Now(), ""
 	for {
 		empty, holder := n.askStates(others)
 		if holder != "" {
-			n.say(&told, "this node's directory is empty, but node "+holder+" has data: waiting until the leader has taken this node's vote away")
-			for _, id := range others {
+			// Its file may not list the leader.
+			ctx, cancel := context.WithTimeout(n.ctx, roundTime)
+			removed, err := n.learn(ctx, holder)
+			cancel()
+			if err != nil {
+				n.log.Debug("members not learned", "error", err)
+			}
+			n.say(&told, n.waiting(holder, removed))
+			question := fmt.Sprintf("/rejoin?node=%s&identity=%d", n.id, n.identity)
+			if n.cfg.join {
+				question += "&join"
+			}
+			for _, id := range sortedKeys(n.roster.Load().nodes) {
+				if id == n.id {
+					continue
+				}
 				ctx, cancel := context.WithTimeout(n.ctx, 2*n.cfg.requestTimeout())
-				_, err := n.ask(ctx, id, fmt.Sprintf("/rejoin?node=%s&identity=%d", n.id, n.identity), 1)
+				_, err := n.ask(ctx, id, question, 1)
 				cancel()
 				if err == nil {
 					n.log.Info("rejoining without a vote", "leader", id)
 					return nil, n.becomeUsed(map[string]uint64{})
 				}
 			}
-		} else if len(empty) == len(n.members) || len(empty) > len(n.members)/2 && time.Since(began) > formMoment {
-			n.log.Info("forming a new cluster", "empty", len(empty), "nodes", len(n.members))
+		} else if n.cfg.join {
+			n.say(&told, "started with -join: waiting until a node of the cluster answers, one of Cluster.Nodes that has data")
+		} else if len(empty) == len(filed) || len(empty) > len(filed)/2 && time.Since(began) > formMoment {
+			n.log.Info("forming a new cluster", "empty", len(empty), "nodes", len(filed))
 			var servers []raft.Server
-			for id := range n.members {
+			for _, id := range filed {
 				// Raft remembers votes by address bytes. Ours are node ids, which are unique, and dial
 				// finds the host behind one: no two nodes look like one, whatever they listen on.
 				servers = append(servers, raft.Server{ID: raft.ServerID(id), Address: raft.ServerAddress(id)})
 			}
-			slices.SortFunc(servers, func(a, b raft.Server) int { return strings.Compare(string(a.ID), string(b.ID)) })
 			return servers, n.becomeUsed(empty)
 		} else {
 			n.say(&told, "this node's directory is empty: waiting until the other nodes have said whether they have data")
@@ -159,6 +176,19 @@ func (n *raftNode) join() ([]raft.Server, error) {
 		case <-time.After(askPause): // the pace of the question
 		}
 	}
+}
+
+// waiting is why this node waits where another has data.
+func (n *raftNode) waiting(holder string, removed bool) string {
+	me := n.cfg.self()
+	put := fmt.Sprintf(`PUT /api/v1/cluster/nodes/%s {"address":"%s","apiPort":%d,"raftPort":%d}`, me.Id, me.Address, me.ApiPort, me.RaftPort)
+	switch {
+	case removed:
+		return "this node was removed from the cluster: waiting until it is added again, with " + put
+	case n.cfg.join:
+		return "started with -join: waiting until this node is added, with " + put
+	}
+	return "this node's directory is empty, but node " + holder + " has data: waiting until the leader has taken this node's vote away"
 }
 
 // say logs why the node waits, once for each reason, and tells readiness.
@@ -187,7 +217,7 @@ func (n *raftNode) askStates(others []string) (empty map[string]uint64, holder s
 			defer mu.Unlock()
 			switch {
 			case err != nil: // silence is no answer
-			case nums[0] == stateData:
+			case nums[0] == stateData, nums[0] == stateFormedWith && n.cfg.join:
 				holder = id
 			default:
 				empty[id] = nums[1]
@@ -200,15 +230,22 @@ func (n *raftNode) askStates(others []string) (empty map[string]uint64, holder s
 
 // rejoin lets a node whose directory is empty become a member without a vote. It returns when
 // that is committed. Only the leader does it, and only for the node that answers under the id's
-// own address.
-func (n *raftNode) rejoin(ctx context.Context, id string, identity uint64) error {
+// own address. A node that is no member, but of this node's file, is recorded as one, unless it joins:
+// that was started with -join, and somebody is to add it.
+func (n *raftNode) rejoin(ctx context.Context, id string, identity uint64, joins bool) error {
 	n.rejoins.Lock()
 	defer n.rejoins.Unlock()
 	if !n.leads() {
 		return errNotLeading
 	}
-	if _, ok := n.members[id]; !ok || id == n.id {
-		return fmt.Errorf("node %s is not another one of Cluster.Nodes", id)
+	rec, recorded := n.roster.Load().records[id]
+	filed, ok := n.filed(id)
+	_, member := n.server(id)
+	switch {
+	case id == n.id || recorded && rec.Removed:
+		return fmt.Errorf("node %s was removed from the cluster", id)
+	case !recorded && !member && (!ok || joins):
+		return fmt.Errorf("node %s was not added to the cluster", id)
 	}
 	nums, err := n.ask(ctx, id, fmt.Sprintf("/state?node=%s&identity=0", n.id), 2)
 	if err != nil {
@@ -216,6 +253,17 @@ func (n *raftNode) rejoin(ctx context.Context, id string, identity uint64) error
 	}
 	if nums[0] != stateEmpty || nums[1] != identity {
 		return fmt.Errorf("another node answers under the address of node %s", id)
+	}
+	if !recorded && !member {
+		filed.Filed = false
+		add := &command{Op: "member", Node: &filed, Known: n.known(), Actor: "confman", ID: rand.Text()}
+		if _, err := n.propose(add, time.Now().Add(n.cfg.requestTimeout())); err != nil {
+			return err
+		}
+		n.log.Warn("a node of the configuration file was no member, and is added", "member", id)
+		if err := n.reckon(); err != nil {
+			return err
+		}
 	}
 	r := n.raft.Load()
 	var change raft.IndexFuture
@@ -234,49 +282,5 @@ func (n *raftNode) rejoin(ctx context.Context, id string, identity uint64) error
 	if change == nil {
 		change = r.AddNonvoter(raft.ServerID(id), raft.ServerAddress(id), members.Index(), n.cfg.requestTimeout())
 	}
-	return change.Error()
-}
-
-// caughtUp is how many entries a node without a vote may be behind when it gets one.
-const caughtUp = 256
-
-// keepVoters gives members of Cluster.Nodes that have no vote theirs, when this node leads
-// and they have caught up.
-func (n *raftNode) keepVoters() error {
-	r := n.raft.Load()
-	for {
-		select {
-		case <-n.ctx.Done():
-			return nil
-		case <-time.After(askPause):
-		}
-		if !n.leads() {
-			continue
-		}
-		for _, s := range r.GetConfiguration().Configuration().Servers {
-			if _, ok := n.members[string(s.ID)]; ok && s.Suffrage != raft.Voter {
-				n.giveVote(s.ID)
-			}
-		}
-	}
-}
-
-// giveVote makes a member a voter if it has caught up. A node that is wiped meanwhile asks to
-// rejoin, and that waits for n.rejoins: so it cannot have its vote by what it was before.
-func (n *raftNode) giveVote(id raft.ServerID) {
-	n.rejoins.Lock()
-	defer n.rejoins.Unlock()
-	r := n.raft.Load()
-	members := r.GetConfiguration()
-	ctx, cancel := context.WithTimeout(n.ctx, roundTime)
-	defer cancel()
-	nums, err := n.ask(ctx, string(id), "/applied", 1)
-	if err != nil || nums[0]+caughtUp < r.AppliedIndex() {
-		return
-	}
-	if err := r.AddVoter(id, raft.ServerAddress(id), members.Index(), n.cfg.requestTimeout()).Error(); err != nil {
-		n.log.Warn("vote not given", "member", string(id), "error", err)
-	} else {
-		n.log.Info("a node has caught up and votes", "member", string(id))
-	}
+	return n.within(change)
 }

@@ -1,7 +1,7 @@
 // Confman keeps configuration for distributed systems: one program that runs on every
 // node of a small cluster, agrees by Raft and is used with curl.
 //
-//	confman [-config FILE] [-node ID] [-data DIR] [-log text|json]
+//	confman [-config FILE] [-node ID] [-data DIR] [-log text|json] [-join]
 //	confman -keygen [key|secret]
 //
 // Without -config it is a cluster of one node on 127.0.0.1, with data in ./data and an
@@ -10,8 +10,8 @@
 // Begin reading at run, below, and at routes in http.go; each of the other files is about one
 // thing. Handlers read the state in a transaction of their own, since a read is a lookup and a
 // copy, so the files about what is stored import bbolt. hashicorp/raft is known to the files about
-// the cluster: raft.go, transport.go, propose.go, reads.go, join.go, peers.go, disk.go
-// and fsm.go.
+// the cluster: raft.go, transport.go, propose.go, reads.go, join.go, members.go,
+// cluster.go, peers.go, disk.go and fsm.go.
 package main
 
 import (
@@ -28,6 +28,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"runtime/debug"
 	"strings"
 	"syscall"
 	"time"
@@ -54,6 +55,16 @@ func main() {
 		fmt.Fprintf(os.Stderr, "confman: %s\n", text)
 		os.Exit(1)
 	}
+}
+
+// version is which program this is: the module's version, which the go command makes of the tag or the
+// commit that it builds, or devel where it knows neither, as of go run and of a test.
+func version() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok || info.Main.Version == "" || info.Main.Version == "(devel)" {
+		return "devel"
+	}
+	return info.Main.Version
 }
 
 // flat keeps an error on one line, whatever file names and values it quotes.
@@ -199,7 +210,7 @@ func (s *server) goodbye(srv *http.Server) error {
 	for s.writes.Load() > 0 && ctx.Err() == nil {
 		time.Sleep(time.Millisecond) // the pace of the question; writes end by themselves
 	}
-	if len(s.cfg.Cluster.Nodes) > 1 {
+	if len(s.node.voters(s.node.id)) > 0 {
 		s.node.handOver()
 		s.stopping.Store(handedOver)
 		time.Sleep(500 * time.Millisecond) // the contract's half second

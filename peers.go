@@ -1,9 +1,9 @@
 package main
 
 import (
-	"bufio"
 	"context"
 	"crypto/tls"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -28,16 +28,16 @@ import (
 // other are HTTP, which begins with a letter. Where the cluster has a secret, both are inside TLS,
 // and neither sees a byte before the other end has proved to be a node of this cluster.
 type port struct {
-	id      string
-	ln      net.Listener
-	log     *slog.Logger
-	members map[string]peer // by node id; where to call them
-	raft    chan net.Conn
-	http    chan net.Conn
-	closed  chan struct{}
-	once    sync.Once
-	open    atomic.Bool             // raft has started and takes connections
-	ring    atomic.Pointer[keyring] // nil: plain text. It is changed by setRing
+	id     string
+	ln     net.Listener
+	log    *slog.Logger
+	raft   chan net.Conn
+	http   chan net.Conn
+	closed chan struct{}
+	once   sync.Once
+	open   atomic.Bool                     // raft has started and takes connections
+	ring   atomic.Pointer[keyring]         // nil: plain text. It is changed by setRing
+	peers  atomic.Pointer[map[string]peer] // by node id; where to call them. It is changed by setPeers
 
 	mu        sync.Mutex         // guards the rest
 	strangers []net.Conn         // those of which nothing is known yet, the oldest first
@@ -66,10 +66,12 @@ const (
 
 // newPort makes a port. Nothing is accepted before accept runs.
 func newPort(id string, ln net.Listener, members map[string]peer, log *slog.Logger) *port {
-	return &port{
-		id: id, ln: ln, log: log, members: members, raft: make(chan net.Conn), http: make(chan net.Conn),
+	p := &port{
+		id: id, ln: ln, log: log, raft: make(chan net.Conn), http: make(chan net.Conn),
 		closed: make(chan struct{}), live: map[*peerConn]bool{},
 	}
+	p.peers.Store(&members)
+	return p
 }
 
 // accept runs until the port is closed.
@@ -211,12 +213,15 @@ func (p *port) refuse(c net.Conn, err error) {
 	}
 }
 
-// keep notes a connection as one in use. Its error says that the secrets have changed meanwhile.
+// keep notes a connection as one in use. Its error says what has changed meanwhile.
 func (p *port) keep(c *peerConn) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if !p.ring.Load().knows(c.key) {
+	if !p.ring.Load().knows(c.node, c.key) {
 		return errors.New("the cluster's secrets have just changed")
+	}
+	if c.called != "" && (*p.peers.Load())[c.called].raft != c.at {
+		return errors.New("the node's address has just changed")
 	}
 	p.live[c] = true
 	return nil
@@ -229,8 +234,22 @@ func (p *port) setRing(k *keyring) {
 	defer p.mu.Unlock()
 	p.ring.Store(k)
 	for c := range p.live {
-		if !k.knows(c.key) {
+		if !k.knows(c.node, c.key) {
 			c.raw.Close() // whoever uses it finds out; a goodbye by TLS could wait
+			delete(p.live, c)
+		}
+	}
+}
+
+// setPeers says where the nodes are called from now on. A connection to a place where its node is no
+// longer is closed: else one that was replaced under its id would go on being asked.
+func (p *port) setPeers(peers map[string]peer) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.peers.Store(&peers)
+	for c := range p.live {
+		if m, ok := peers[c.called]; c.called != "" && (!ok || m.raft != c.at) {
+			c.raw.Close()
 			delete(p.live, c)
 		}
 	}
@@ -250,7 +269,10 @@ type peerConn struct {
 	raw      net.Conn
 	port     *port
 	ring     *keyring // by which it was made
-	key      string   // the public key that the other end has proved; "" in plain text
+	node     string   // who the other end has proved to be; "" in plain text
+	key      string   // and by which public key
+	called   string   // the node that was called; "" of an accepted connection
+	at       string   // and where
 	first    []byte
 }
 
@@ -262,7 +284,8 @@ func (c *peerConn) prove() error {
 		return err
 	}
 	r.left = -1
-	c.Conn, c.key = t, provedKey(t.ConnectionState())
+	c.Conn = t
+	c.node, c.key = proved(t.ConnectionState())
 	return nil
 }
 
@@ -328,18 +351,27 @@ func (s raftStream) Dial(id raft.ServerAddress, timeout time.Duration) (net.Conn
 // proved to the other which node it is. Any error is a *net.OpError of dial or says that there is no
 // such node.
 func (p *port) dial(ctx context.Context, id string) (net.Conn, error) {
-	m, ok := p.members[id]
+	m, ok := (*p.peers.Load())[id]
 	if !ok {
-		return nil, fmt.Errorf("dial node %s: not in Cluster.Nodes", id)
+		return nil, fmt.Errorf("dial node %s: no address is known", id)
 	}
+	return p.call(ctx, id, &peerConn{called: id, at: m.raft})
+}
+
+// try is dial at an address of which it is not known whether the node is there.
+func (p *port) try(ctx context.Context, id, at string) (net.Conn, error) {
+	return p.call(ctx, id, &peerConn{at: at})
+}
+
+func (p *port) call(ctx context.Context, id string, c *peerConn) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, firstByteTime)
 	defer cancel()
 	var d net.Dialer
-	raw, err := d.DialContext(ctx, "tcp", m.raft)
+	raw, err := d.DialContext(ctx, "tcp", c.at)
 	if err != nil {
 		return nil, err
 	}
-	c := &peerConn{Conn: raw, raw: raw, port: p, ring: p.ring.Load()}
+	c.Conn, c.raw, c.port, c.ring = raw, raw, p, p.ring.Load()
 	if c.ring != nil {
 		stop := context.AfterFunc(ctx, func() { raw.Close() })
 		t := tls.Client(raw, c.ring.config(func(node string) bool { return node == id }))
@@ -349,7 +381,8 @@ func (p *port) dial(ctx context.Context, id string) (net.Conn, error) {
 		if !stop() {
 			err = ctx.Err()
 		}
-		c.Conn, c.key = t, provedKey(t.ConnectionState())
+		c.Conn = t
+		c.node, c.key = proved(t.ConnectionState())
 	}
 	if err == nil {
 		err = p.keep(c)
@@ -396,16 +429,21 @@ func (nodeAddr) Network() string  { return "node" }
 func (a nodeAddr) String() string { return string(a) }
 
 // Nodes ask each other with GET on the raft port. An answer is numbers in decimal with a
-// space between them; a question that the node cannot answer is a 503.
+// space between them, or where it says so JSON; a question that the node cannot answer is a 503.
 //
 //	/term                    term                 the asked node's current term
 //	/acknowledged            revision time        of the leader, see question
 //	/revision                revision time        likewise
 //	/barrier                 revision time        likewise
-//	/state?node=&identity=   state identity       what the asked node's directory holds, see join.go
-//	/rejoin?node=&identity=  1                    the leader has taken the asker's vote away
+//	/state?node=&identity=   state identity       what the asked node's directory holds, see join.go. With
+//	                                              of= and api= it answers only if it is that node and serves
+//	                                              its API on that port
+//	/rejoin?node=&identity=  1                    the leader has taken the asker's vote away. With join= it
+//	                                              does so only for a node that was added
 //	/applied                 index                the last raft entry that raft has applied
 //	/hash?revision=          hash hash hash hash  of the newest event up to that revision
+//	/node                    JSON of nodeRow      how the asked node is
+//	/members                 JSON of membership   who belongs to the cluster, as the asked node knows
 //
 // Under /api/ it is the API, for the writes that they forward.
 //
@@ -440,6 +478,11 @@ func (n *raftNode) answers() http.Handler {
 		})
 	}
 	answer("/state", limit, func(_ context.Context, q url.Values) ([]uint64, error) {
+		if of, api := q.Get("of"), strconv.Itoa(n.cfg.self().ApiPort); of != "" && of != n.id {
+			return nil, fmt.Errorf("this is node %s", n.id)
+		} else if of != "" && q.Get("api") != api {
+			return nil, fmt.Errorf("by its file node %s serves its API on port %s", n.id, api)
+		}
 		identity, err := strconv.ParseUint(q.Get("identity"), 10, 64)
 		return []uint64{n.stateFor(q.Get("node"), identity), n.identity}, err
 	})
@@ -448,8 +491,21 @@ func (n *raftNode) answers() http.Handler {
 		if err != nil {
 			return nil, err
 		}
-		return []uint64{1}, n.rejoin(ctx, q.Get("node"), identity)
+		return []uint64{1}, n.rejoin(ctx, q.Get("node"), identity, q.Has("join"))
 	})
+	document := func(path string, f func() any) {
+		mux.HandleFunc("GET "+path, func(w http.ResponseWriter, r *http.Request) {
+			b, err := json.Marshal(f())
+			if err != nil {
+				http.Error(w, err.Error(), http.StatusServiceUnavailable)
+				return
+			}
+			w.Header()["Content-Type"] = typeJSON
+			w.Write(b)
+		})
+	}
+	document("/node", func() any { return n.row() })
+	document("/members", func() any { return n.membership() })
 	answer("/applied", limit, func(context.Context, url.Values) ([]uint64, error) {
 		r := n.raft.Load()
 		if r == nil {
@@ -527,29 +583,55 @@ func newAsker(p *port, idle int) *http.Transport {
 	}
 }
 
-// ask puts a question to another node; want is how many numbers the answer has.
-func (n *raftNode) ask(ctx context.Context, id, path string, want int) ([]uint64, error) {
+// askBytes is how long an answer may be.
+const askBytes = 1 << 20
+
+// askAny puts a question to another node and returns its answer.
+func askAny(ctx context.Context, by http.RoundTripper, id, path string) ([]byte, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+id+path, nil)
 	if err != nil {
 		return nil, err
 	}
-	resp, err := n.asker.Load().RoundTrip(req)
+	resp, err := by.RoundTrip(req)
 	if err != nil {
 		return nil, fmt.Errorf("ask node %s for %s: %w", id, path, err)
 	}
 	defer resp.Body.Close()
-	b, err := io.ReadAll(bufio.NewReader(io.LimitReader(resp.Body, 1024)))
+	b, err := io.ReadAll(io.LimitReader(resp.Body, askBytes))
 	if err != nil {
 		return nil, fmt.Errorf("ask node %s for %s: %w", id, path, err)
 	}
 	if resp.StatusCode != http.StatusOK {
 		return nil, fmt.Errorf("ask node %s for %s: %s: %s", id, path, resp.Status, strings.TrimSpace(string(b)))
 	}
+	return b, nil
+}
+
+// askFor puts a question whose answer is JSON to another node.
+func (n *raftNode) askFor(ctx context.Context, id, path string, to any) error {
+	b, err := askAny(ctx, n.asker.Load(), id, path)
+	if err == nil {
+		err = json.Unmarshal(b, to)
+	}
+	return err
+}
+
+// ask puts a question to another node; want is how many numbers the answer has.
+func (n *raftNode) ask(ctx context.Context, id, path string, want int) ([]uint64, error) {
+	b, err := askAny(ctx, n.asker.Load(), id, path)
+	if err != nil {
+		return nil, err
+	}
+	return numbers(b, id, path, want)
+}
+
+// numbers reads the answer of a node to a question.
+func numbers(b []byte, id, path string, want int) (nums []uint64, err error) {
 	fields := strings.Fields(string(b))
 	if len(fields) != want {
 		return nil, fmt.Errorf("ask node %s for %s: %d numbers, not %d", id, path, len(fields), want)
 	}
-	nums := make([]uint64, want)
+	nums = make([]uint64, want)
 	for i, f := range fields {
 		if nums[i], err = strconv.ParseUint(f, 10, 64); err != nil {
 			return nil, fmt.Errorf("ask node %s for %s: %w", id, path, err)

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log"
 	"log/slog"
-	"maps"
 	"net"
 	"net/http"
 	"path/filepath"
@@ -35,15 +34,22 @@ type raftNode struct {
 	recent          raft.LogStore // a cache over logs
 	snaps           *snapshotStore
 	disk            *disk
-	members         map[string]peer                  // by node id
 	port            *port                            // raft's connections and the nodes' questions to each other
 	asker, forwards atomic.Pointer[http.Transport]   // for questions, and for writes passed on
 	api             atomic.Pointer[http.HandlerFunc] // nil until the server is there
 
 	identity uint64 // of the data directory, see join.go
 	formed   atomic.Pointer[map[string]uint64]
-	rejoins  sync.Mutex             // held while the leader changes the membership
+	rejoins  sync.Mutex             // held while the leader changes raft's configuration
 	waitsFor atomic.Pointer[string] // why raft is not started yet
+
+	roster    atomic.Pointer[roster]
+	reckoning sync.Mutex     // guards logged and told, and is held while roster is made
+	logged    []loggedRecord // in the order of the log
+	told      []nodeRecord   // by another node, see learn
+	removedAt atomic.Uint64  // the index of the state by which another node said that this one was removed
+	due       chan struct{}  // the membership is not what it should be; room for one
+	ordering  chan struct{}  // holds one while a request changes the membership
 
 	// led is the term in which this node leads and has applied everything that earlier
 	// leaders committed; 0 while that is not known.
@@ -79,13 +85,11 @@ type peer struct {
 // later, is sent to failed.
 func startNode(cfg *config, dir string, st *store, ln net.Listener, logger *slog.Logger, failed chan error) (*raftNode, error) {
 	n := &raftNode{
-		id: cfg.Cluster.NodeId, cfg: cfg, dir: dir, log: logger, store: st, members: map[string]peer{},
+		id: cfg.Cluster.NodeId, cfg: cfg, dir: dir, log: logger, store: st,
 		failed: failed, began: time.Now(), proposals: make(chan *proposal, 4*sharedCommands),
+		due: make(chan struct{}, 1), ordering: make(chan struct{}, 1),
 	}
 	n.ctx, n.stop = context.WithCancel(context.Background())
-	for _, m := range cfg.Cluster.Nodes {
-		n.members[m.Id] = peer{raft: hostPort(m.Address, m.RaftPort), api: cfg.scheme() + hostPort(m.Address, m.ApiPort)}
-	}
 	n.disk = newDisk(dir, uint64(cfg.Storage.MinFreeMiB)<<20, logger, n.halt)
 	var err error
 	if n.logs, err = openRaftLog(filepath.Join(dir, "raft.db"), n.disk); err != nil {
@@ -121,7 +125,14 @@ func startNode(cfg *config, dir string, st *store, ln net.Listener, logger *slog
 		return nil, err
 	}
 
-	n.port = newPort(n.id, ln, n.members, logger)
+	n.port = newPort(n.id, ln, nil, logger)
+	if err := n.reckon(); err != nil {
+		return nil, fmt.Errorf("%w; %s", err, rebuildState)
+	}
+	n.logs.stored = n.noteLogged
+	if err := n.findLogged(max(st.at().index, newest)); err != nil {
+		return nil, fmt.Errorf("read %s: %w", n.logs.path, err)
+	}
 	if err := n.setSecrets(cfg.secrets); err != nil {
 		return nil, err
 	}
@@ -153,7 +164,7 @@ func startNode(cfg *config, dir string, st *store, ln net.Listener, logger *slog
 // among them are closed. The others end as soon as they are idle, so that those by a secret that is
 // shown no longer are gone before it is taken away. On an error nothing changes.
 func (n *raftNode) setSecrets(secrets []secret) error {
-	ring, err := newKeyring(secrets, n.id, slices.Collect(maps.Keys(n.members)))
+	ring, err := newKeyring(secrets, n.id)
 	if err != nil {
 		return err
 	}
@@ -260,6 +271,7 @@ func (n *raftNode) startRaft(newest uint64, servers []raft.Server, hlog hclog.Lo
 	n.tasks.Go(n.runProposals)
 	n.tasks.Go(n.takeSnapshots)
 	n.tasks.Go(n.keepFresh)
+	n.tasks.Go(n.keepRoster)
 	n.tasks.Go(n.keepVoters)
 	n.tasks.Go(n.compareHashes)
 	return nil
@@ -345,8 +357,7 @@ func (n *raftNode) follows(leader string, term uint64) (last uint64, ok bool) {
 }
 
 // leader returns the id and the API's base URL of the leader that this node knows,
-// or "". The address is from the configuration, never from a request: a client's key
-// follows a redirect.
+// or "". The address is the roster's, never from a request: a client's key follows a redirect.
 func (n *raftNode) leader() (id, api string) {
 	r := n.raft.Load()
 	if r == nil {
@@ -354,7 +365,7 @@ func (n *raftNode) leader() (id, api string) {
 	}
 	_, sid := r.LeaderWithID()
 	id = string(sid)
-	m, ok := n.members[id]
+	m, ok := (*n.port.peers.Load())[id]
 	if !ok {
 		return "", ""
 	}
@@ -372,10 +383,8 @@ func (n *raftNode) role() string {
 	case r.State() == raft.Candidate:
 		return "candidate"
 	}
-	for _, s := range r.GetConfiguration().Configuration().Servers {
-		if string(s.ID) == n.id && s.Suffrage == raft.Voter {
-			return "follower"
-		}
+	if s, ok := n.server(n.id); ok && s.Suffrage == raft.Voter {
+		return "follower"
 	}
 	return "nonvoter"
 }
@@ -409,15 +418,18 @@ func grows(cmd *command) bool {
 	return cmd.Op != "drop" && (cmd.Op == "describe" || slices.ContainsFunc(cmd.Changes, func(c change) bool { return c.Value != nil }))
 }
 
-// handOver gives leadership away, if this node has it and another can take it.
-func (n *raftNode) handOver() {
+// handOver gives leadership away, if this node has it and another can take it. The error, which the
+// log has, says that it has it still.
+func (n *raftNode) handOver() error {
 	r := n.raft.Load()
 	if r == nil || r.State() != raft.Leader {
-		return
+		return nil
 	}
-	if err := r.LeadershipTransfer().Error(); err != nil {
+	err := n.within(r.LeadershipTransfer())
+	if err != nil {
 		n.log.Warn("leadership not handed over", "error", err)
 	}
+	return err
 }
 
 // Close ends raft. The store is not used by it afterwards.

@@ -96,35 +96,34 @@ func nodeCertificate(id string, key ed25519.PrivateKey) (tls.Certificate, error)
 	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}, err
 }
 
-// A keyring is what a node shows of itself and whom it knows. A nil one is of a cluster without a
-// secret, where nobody proves anything. It does not change.
+// A keyring is what a node shows of itself and by what it knows others. A nil one is of a cluster
+// without a secret, where nobody proves anything. It does not change.
 type keyring struct {
-	own   tls.Certificate   // by the first secret
-	nodes map[string]string // node ids by public key, by all secrets
+	own     tls.Certificate // by the first secret
+	secrets []secret
 }
 
-// newKeyring makes the keyring of node self in a cluster of these ids. The first secret is shown
-// and all are accepted; without any it returns nil.
-func newKeyring(secrets []secret, self string, ids []string) (*keyring, error) {
+// newKeyring makes the keyring of node self. The first secret is shown and all are accepted;
+// without any it returns nil.
+func newKeyring(secrets []secret, self string) (*keyring, error) {
 	if len(secrets) == 0 {
 		return nil, nil
 	}
 	own, err := nodeCertificate(self, secrets[0].nodeKey(self))
-	k := &keyring{own: own, nodes: map[string]string{}}
-	for _, s := range secrets {
-		for _, id := range ids {
-			k.nodes[string(s.nodeKey(id).Public().(ed25519.PublicKey))] = id
-		}
-	}
-	return k, err
+	return &keyring{own: own, secrets: secrets}, err
 }
 
-// knows reports whether a public key is a node's. In plain text there is none: "".
-func (k *keyring) knows(key string) bool {
+// knows reports whether a public key is that of a node. In plain text there is none: "".
+//
+// A certificate names its node, and the key of any id can be made, so no list of ids is needed. None
+// would do: a node that was away while others joined hears of them from the leader, who may be one.
+func (k *keyring) knows(node, key string) bool {
 	if k == nil {
 		return key == ""
 	}
-	return k.nodes[key] != ""
+	return nodeID.MatchString(node) && slices.ContainsFunc(k.secrets, func(s secret) bool {
+		return string(s.nodeKey(node).Public().(ed25519.PublicKey)) == key
+	})
 }
 
 // config is for either end of a connection whose other end must be a node that meant takes.
@@ -135,8 +134,8 @@ func (k *keyring) config(meant func(node string) bool) *tls.Config {
 		ClientAuth:         tls.RequireAnyClientCert,
 		InsecureSkipVerify: true, // there is no CA; VerifyConnection looks at the key instead
 		VerifyConnection: func(s tls.ConnectionState) error {
-			node := k.nodes[provedKey(s)]
-			if node == "" {
+			node, key := proved(s)
+			if !k.knows(node, key) {
 				return errors.New("the certificate is not of a node of this cluster by a secret that is accepted here")
 			}
 			if !meant(node) {
@@ -151,11 +150,13 @@ func (k *keyring) config(meant func(node string) bool) *tls.Config {
 	}
 }
 
-// provedKey is the public key that the other end of a connection has proved to have, "" if none.
-func provedKey(s tls.ConnectionState) string {
+// proved is who the other end of a connection says it is, and the public key that it has proved to
+// have; "" if none.
+func proved(s tls.ConnectionState) (node, key string) {
 	if len(s.PeerCertificates) == 0 {
-		return ""
+		return "", ""
 	}
-	key, _ := s.PeerCertificates[0].PublicKey.(ed25519.PublicKey)
-	return string(key)
+	cert := s.PeerCertificates[0]
+	pub, _ := cert.PublicKey.(ed25519.PublicKey)
+	return cert.Subject.CommonName, string(pub)
 }

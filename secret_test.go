@@ -107,10 +107,9 @@ func TestNodeKeys(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ids := []string{"node1", "node2", "node3"}
 	var rings []*keyring
 	for range 2 {
-		k, err := newKeyring([]secret{s}, "node1", ids)
+		k, err := newKeyring([]secret{s}, "node1")
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -118,7 +117,7 @@ func TestNodeKeys(t *testing.T) {
 	}
 	const want = "5229eee86ad9fb8e9f81a23375efced32c5f5be9d7e0f7c9dff305bc8ff66a2b"
 	key, err := hex.DecodeString(want)
-	if err != nil || rings[0].nodes[string(key)] != "node1" || len(rings[0].nodes) != 3 {
+	if err != nil || !rings[0].knows("node1", string(key)) || rings[0].knows("node2", string(key)) {
 		t.Errorf("node1 has not the key %s: %x", want, s.nodeKey("node1").Public())
 	}
 	if !bytes.Equal(rings[0].own.Certificate[0], rings[1].own.Certificate[0]) {
@@ -129,8 +128,8 @@ func TestNodeKeys(t *testing.T) {
 	}
 }
 
-// keyringOf makes the keyring of node self in a cluster of ids, by secrets as a file has them.
-func keyringOf(tb testing.TB, self string, ids []string, secrets ...string) *keyring {
+// keyringOf makes the keyring of node self, by secrets as a file has them.
+func keyringOf(tb testing.TB, self string, secrets ...string) *keyring {
 	tb.Helper()
 	var all []secret
 	for _, text := range secrets {
@@ -140,7 +139,7 @@ func keyringOf(tb testing.TB, self string, ids []string, secrets ...string) *key
 		}
 		all = append(all, s)
 	}
-	k, err := newKeyring(all, self, ids)
+	k, err := newKeyring(all, self)
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -150,13 +149,12 @@ func keyringOf(tb testing.TB, self string, ids []string, secrets ...string) *key
 // portOf is a port that calls nodes as their fellow self with these secrets does.
 func portOf(tb testing.TB, self string, nodes []*node, secrets ...string) *port {
 	tb.Helper()
-	members, ids := map[string]peer{}, []string{self}
+	members := map[string]peer{}
 	for _, n := range nodes {
 		members[n.id] = peer{raft: n.raft}
-		ids = append(ids, n.id)
 	}
 	p := newPort(self, nil, members, slog.New(slog.DiscardHandler))
-	p.setRing(keyringOf(tb, self, ids, secrets...))
+	p.setRing(keyringOf(tb, self, secrets...))
 	return p
 }
 
@@ -259,15 +257,23 @@ func TestRaftPort(t *testing.T) {
 		return func(c net.Conn) net.Conn { return tls.Client(c, conf) }
 	}
 	plain := func(c net.Conn) net.Conn { return c }
+	sec, err := parseSecret(clusterSecret)
+	if err != nil {
+		t.Fatal(err)
+	}
+	mixed := &keyring{}
+	if mixed.own, err = nodeCertificate(me, sec.nodeKey("node9")); err != nil {
+		t.Fatal(err)
+	}
 	for _, who := range []struct {
 		name string
 		over func(net.Conn) net.Conn
 	}{
 		{"plain text", plain},
 		{"TLS without a certificate", by(nil)},
-		{"TLS with a certificate of another secret", by(keyringOf(t, me, ids, otherSecret))},
-		{"TLS with the key of a node that is none of Cluster.Nodes", by(keyringOf(t, "node9", ids, clusterSecret))},
-		{"TLS with the called node's own key", by(keyringOf(t, target.id, ids, clusterSecret))},
+		{"TLS with a certificate of another secret", by(keyringOf(t, me, otherSecret))},
+		{"TLS with another node's key than the certificate names", by(mixed)},
+		{"TLS with the called node's own key", by(keyringOf(t, target.id, clusterSecret))},
 	} {
 		call := func() (net.Conn, error) {
 			conn, err := net.Dial("tcp", target.raft)
@@ -386,7 +392,7 @@ func TestCrowd(t *testing.T) {
 	}
 	p := newPort("node1", ln, nil, slog.New(slog.DiscardHandler))
 	defer p.Close()
-	p.setRing(keyringOf(t, "node1", []string{"node1", "node2"}, clusterSecret))
+	p.setRing(keyringOf(t, "node1", clusterSecret))
 	go p.accept()
 	waiting := func() int {
 		p.mu.Lock()

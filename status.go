@@ -44,6 +44,8 @@ func (s *server) ready(c *call) error {
 		if why := s.node.waitsFor.Load(); why != nil {
 			r.Reason = *why
 		}
+	case s.node.removed():
+		r.Reason = "this node was removed from the cluster; stop it, and to take it back start it with -join and an empty directory and add it again"
 	case r.LeaderID == "":
 		r.Reason = "no leader is known"
 	case r.StalenessMs < 0:

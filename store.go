@@ -37,6 +37,9 @@ import (
 //	config      ns[] 00 key[] crc[4] rev[8] version[8] k[1] place[10]*k entry[], JSON
 //	namespaces  ns[]          crc[4] flags[1] keys[8] rev[8] place[10] meta[], JSON of nsMeta
 //	trail       rev[8] n[2]   crc[4] place[10] k[1] place[10]*k event[], JSON
+//	members     id[]          crc[4] JSON of nodeRecord
+//
+// A file of an earlier confman has no bucket members; it is made when the file is opened.
 //
 // Neither ns nor key may contain a zero byte, so 00 separates them and one
 // cursor lists a namespace in order. crc is CRC-32C over the key and all of the
@@ -73,6 +76,7 @@ type store struct {
 	pos     atomic.Pointer[position] // what is committed; set by Apply's goroutine alone
 	changed bell                     // rung after each commit that moved the revision
 	applied bell                     // rung after each commit
+	joined  bell                     // rung after each commit that changed bucket members
 	watches watches                  // who waits for one thing to change
 }
 
@@ -83,6 +87,7 @@ var (
 	bucketConfig     = []byte("config")
 	bucketNamespaces = []byte("namespaces")
 	bucketTrail      = []byte("trail")
+	bucketMembers    = []byte("members")
 
 	castagnoli = crc32.MakeTable(crc32.Castagnoli)
 )
@@ -290,12 +295,16 @@ func (s *store) load() error {
 	return nil
 }
 
-// makeBuckets makes what an empty file lacks.
+// makeBuckets makes what an empty file lacks, or one of an earlier confman.
 func makeBuckets(tx *bbolt.Tx) error {
 	if tx.Bucket(bucketMeta) != nil {
-		return nil
+		if tx.Bucket(bucketMembers) != nil {
+			return nil
+		}
+		_, err := tx.CreateBucket(bucketMembers)
+		return err
 	}
-	for _, name := range [][]byte{bucketMeta, bucketConfig, bucketNamespaces, bucketTrail} {
+	for _, name := range [][]byte{bucketMeta, bucketConfig, bucketNamespaces, bucketTrail, bucketMembers} {
 		if _, err := tx.CreateBucket(name); err != nil {
 			return err
 		}
@@ -428,6 +437,9 @@ func (s *store) replace(r io.Reader) error {
 		return err
 	}
 	pos, err := readPosition(db)
+	if err == nil {
+		err = caught(func() error { return db.Update(makeBuckets) })
+	}
 	if err != nil {
 		db.Close()
 		return fmt.Errorf("restore %s: %w", tmp, err)
@@ -444,6 +456,7 @@ func (s *store) replace(r io.Reader) error {
 	// A snapshot may be reading the old file still; its Close waits for that.
 	go old.Close()
 	s.changed.ring()
+	s.joined.ring()
 	s.watches.ringAll()
 	return nil
 }
@@ -456,7 +469,7 @@ func checkRecords(tx *bbolt.Tx) (err error) {
 			err = fmt.Errorf("state.db: %v: %w", p, errCorrupt)
 		}
 	}()
-	for _, name := range [][]byte{bucketConfig, bucketNamespaces, bucketTrail} {
+	for _, name := range [][]byte{bucketConfig, bucketNamespaces, bucketTrail, bucketMembers} {
 		err := tx.Bucket(name).ForEach(func(k, rec []byte) error {
 			_, err := unseal(name, k, rec)
 			return err
