@@ -80,7 +80,7 @@ func startLoad(c *cluster, clients int) *workload {
 // applied, so it is repeated, at the node that leads now. write returns false
 // when the workload ends.
 func (l *workload) write(id, key string) bool {
-	base := l.c.nodes[rand.IntN(len(l.c.nodes))].url
+	base := l.any()
 	for {
 		select {
 		case <-l.quit:
@@ -103,12 +103,19 @@ func (l *workload) write(id, key string) bool {
 				continue
 			}
 		}
-		base = l.c.nodes[rand.IntN(len(l.c.nodes))].url
+		base = l.any()
 		select {
 		case <-l.quit:
 		case <-time.After(10 * time.Millisecond): // the pace of the question
 		}
 	}
+}
+
+// any is the URL of one of the nodes. A test that changes which there are holds l.mu.
+func (l *workload) any() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.c.nodes[rand.IntN(len(l.c.nodes))].url
 }
 
 // useKey gives the clients another key. None of them sends the old one when it returns.
