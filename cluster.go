@@ -206,7 +206,10 @@ func (n *raftNode) probe(ctx context.Context, r nodeRecord, member bool) error {
 		nums, err = numbers(b, r.ID, path, 2)
 	}
 	if err != nil {
-		return &problem{kind: errConflict, cause: err, detail: fmt.Sprintf("node %s does not answer at %s as it should: start it there first, with -join, the cluster's secret and an empty directory (%v)", r.ID, r.at(), err)}
+		if cause := errors.Unwrap(err); cause != nil {
+			err = cause
+		}
+		return errConflict.because("node %s does not answer at %s as it should: start it there first, with -join, the cluster's secret and an empty directory (%v)", r.ID, r.at(), err)
 	}
 	if !member && nums[0] != stateEmpty {
 		return errConflict.because("node %s holds data: stop it, move its directory away, start it with -join and try again", r.ID)

@@ -363,7 +363,7 @@ func (n *raftNode) keepRoster() error {
 	for {
 		bell := n.store.joined.wait()
 		n.mustReckon()
-		if n.freshSince.Load() != nil {
+		if n.freshSince.Load() != nil && !n.removed() {
 			if d := n.differences(); d != said {
 				if said = d; d != "" {
 					n.log.Warn("Cluster.Nodes of the configuration file is not what the cluster's members are; they count", "differences", d)
