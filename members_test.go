@@ -187,6 +187,9 @@ func TestMembers(t *testing.T) {
 
 	beside.add(t, fourth, "")
 	fourth.votes(t, "node1", "node2", "node3", "node4")
+	fourth.kill()
+	fourth.start() // -join means nothing now
+	c.ready()
 	before := leader.members(t).Revision
 	beside.add(t, fourth, "") // nothing to change
 	beside.add(t, leader, "")
@@ -381,6 +384,62 @@ func TestOlderStateFile(t *testing.T) {
 	}
 }
 
+// TestMembersOfFile: nodes of the file that are no members, and come with empty directories to a cluster
+// that is one node, are added. One that joins waits for a PUT all the same, and one of a file that lists nobody
+// who leads finds the leader.
+func TestMembersOfFile(t *testing.T) {
+	long(t)
+	c := newCluster(t, 3)
+	section := c.doc["Cluster"].(map[string]any)
+	all := section["Nodes"].([]any)
+	c.configure(with("Cluster", "Nodes", all[:1]))
+	first := c.nodes[0]
+	first.start()
+	until(t, 15*time.Second, first.ready)
+	first.put(t, "app", "k", "v")
+	first.stop()
+	c.configure(with("Cluster", "Nodes", all))
+	c.nodes[2].args = append(c.nodes[2].args, "-join")
+	for _, n := range c.nodes {
+		n.start()
+		until(t, 15*time.Second, func() error { _, _, err := n.status(); return err })
+	}
+	first.votes(t, "node1", "node2")
+	c.nodes[1].add(t, c.nodes[2], "")
+	first.votes(t, "node1", "node2", "node3")
+	c.ready()
+	var said []string
+	for _, e := range first.trail(t, "") {
+		if e.Namespace == "" {
+			said = append(said, e.Action+" "+e.Key+" "+e.Actor)
+		}
+	}
+	if d := cmp.Diff([]string{"node.add node2 confman", "node.add node3 ops@test"}, said); d != "" {
+		t.Errorf("the trail (-want +got):\n%s", d)
+	}
+	// Wiped, the first finds the others again.
+	c.ready()
+	if a := first.write(t, "POST", "/api/v1/cluster/leader", `{"node":"node3"}`); a.status != 200 {
+		t.Fatalf("POST leader: %v", a)
+	}
+	fourth := c.newcomer("node4", c.nodes[1]) // its file does not list node3, which leads
+	c.nodes = append(c.nodes, fourth)
+	fourth.start()
+	until(t, 15*time.Second, func() error { _, _, err := fourth.status(); return err })
+	first.add(t, fourth, "")
+	first.votes(t, "node1", "node2", "node3", "node4")
+	fourth.kill()
+	if err := os.RemoveAll(fourth.data); err != nil {
+		t.Fatal(err)
+	}
+	fourth.start()
+	c.ready()
+	first.votes(t, "node1", "node2", "node3", "node4")
+	if text := fourth.logged(); strings.Count(text, `msg="rejoining without a vote"`) != 2 {
+		t.Error("node4 does not say that it came back empty")
+	}
+}
+
 // TestMembersUnderLoad: three nodes become five and three again, one is replaced by a new one under its
 // id, and a dead address is tried, while clients write. Each round begins with the nodes of the one before.
 func TestMembersUnderLoad(t *testing.T) {
@@ -444,6 +503,18 @@ func TestMembersUnderLoad(t *testing.T) {
 			c.live()[0].votes(t, voters()...)
 			load.more(limit(30*time.Second), 50)
 		}
+		// The power of all fails. What is left is raft's log, by which those that joined find each other.
+		for _, n := range c.live() {
+			n.kill()
+			if err := os.Remove(filepath.Join(n.data, "state.mark")); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for _, n := range c.nodes {
+			n.start()
+		}
+		c.ready()
+		load.more(limit(30*time.Second), 50)
 		t.Logf("round %d: %v", round, voters())
 	}
 	load.end()
