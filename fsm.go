@@ -291,10 +291,14 @@ func (b *batch) run(c *command) (*result, error) {
 		return b.describe(c)
 	case "drop":
 		return b.drop(c)
-	case "member", "unmember":
+	case "member", "unmember", "lead":
+		switch {
+		case c.Node == nil:
+			return nil, fmt.Errorf("%w: op %s without a node", errEntry, c.Op)
+		case c.Op == "lead":
+			return b.lead(c)
+		}
 		return b.member(c)
-	case "lead":
-		return b.lead(c)
 	}
 	return nil, fmt.Errorf("%w: unknown op %q", errEntry, c.Op)
 }
