@@ -15,6 +15,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"regexp"
 	"strings"
 	"sync"
@@ -1123,6 +1124,8 @@ func TestMistakenFlags(t *testing.T) {
 		{"-data", "-data"},
 		{"serve", "serve"},
 		{"-log json node2", "node2"},
+		{"-version", "-version"},
+		{"-version -keygen", "-keygen"},
 	} {
 		// The mistake is found before the file is missed; a program that does not find it starts no node.
 		code, stdout, stderr := runNode(t, dir, append([]string{"-config", "missing.json"}, strings.Fields(m.args)...)...)
@@ -1135,7 +1138,11 @@ func TestMistakenFlags(t *testing.T) {
 	if code != 0 {
 		t.Errorf("-help: exit status %d, want 0", code)
 	}
-	names(t, stdout+stderr, "-config", "-node", "-data", "-log", "-keygen")
+	names(t, stdout+stderr, "-config", "-node", "-data", "-log", "-keygen", "-version")
+	code, stdout, stderr = runNode(t, dir, "-version")
+	if want := fmt.Sprintf("confman %s %s linux/%s\n", version(), runtime.Version(), runtime.GOARCH); code != 0 || stdout != want || stderr != "" {
+		t.Errorf("-version: exit status %d, %q, %q, want %q", code, stdout, stderr, want)
+	}
 }
 
 // TestAlone: without a file one node serves in a fresh directory, makes a key

@@ -74,6 +74,7 @@ type config struct {
 	join    bool           // this node is new in a cluster that is there
 	keygen  string         // what to print and be done, key or secret; empty: be a node
 	secrets []secret       // the cluster's, decoded by check
+	version bool           // print which program this is and be done
 	proxies []netip.Prefix // TrustedProxies
 }
 
@@ -136,6 +137,7 @@ func configure(args []string) (*config, error) {
 	format := flags.String("log", "text", "`format` of the log on standard error: text or json")
 	join := flags.Bool("join", false, "with an empty directory, begin no cluster but wait to be added to the one of Cluster.Nodes")
 	generate := flags.Bool("keygen", false, "print a new API key and its line for the file and end; with the word secret, a new secret")
+	which := flags.Bool("version", false, "print which program this is and end")
 	var said bytes.Buffer // its words go out as one line, like every mistake
 	flags.SetOutput(&said)
 	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
@@ -154,8 +156,14 @@ func configure(args []string) (*config, error) {
 		}
 		return &config{keygen: what}, nil
 	}
+	if *which && flags.NFlag() > 1 {
+		return nil, mistaken("-version goes with no other flag")
+	}
 	if flags.NArg() > 0 {
 		return nil, mistaken("unexpected argument %q; -help lists the flags", flags.Arg(0))
+	}
+	if *which {
+		return &config{version: true}, nil
 	}
 	var empty string
 	flags.Visit(func(f *flag.Flag) {

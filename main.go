@@ -3,6 +3,7 @@
 //
 //	confman [-config FILE] [-node ID] [-data DIR] [-log text|json] [-join]
 //	confman -keygen [key|secret]
+//	confman -version
 //
 // Without -config it is a cluster of one node on 127.0.0.1, with data in ./data and an
 // admin key that it makes and prints. README.md is the manual.
@@ -28,6 +29,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"runtime"
 	"runtime/debug"
 	"strings"
 	"syscall"
@@ -81,8 +83,12 @@ func run(ctx context.Context, hup <-chan os.Signal, args []string, stdout io.Wri
 	if err != nil {
 		return err
 	}
-	if cfg.keygen != "" {
+	switch {
+	case cfg.keygen != "":
 		return keygen(stdout, cfg.keygen)
+	case cfg.version:
+		_, err := fmt.Fprintf(stdout, "confman %s %s %s/%s\n", version(), runtime.Version(), runtime.GOOS, runtime.GOARCH)
+		return err
 	}
 	log := cfg.logger()
 	slog.SetDefault(log)
