@@ -1125,6 +1125,7 @@ func TestMistakenFlags(t *testing.T) {
 		{"serve", "serve"},
 		{"-log json node2", "node2"},
 		{"-version", "-version"},
+		{"-check", "missing.json"},
 		{"-version -keygen", "-keygen"},
 	} {
 		// The mistake is found before the file is missed; a program that does not find it starts no node.
@@ -1138,7 +1139,7 @@ func TestMistakenFlags(t *testing.T) {
 	if code != 0 {
 		t.Errorf("-help: exit status %d, want 0", code)
 	}
-	names(t, stdout+stderr, "-config", "-node", "-data", "-log", "-keygen", "-version")
+	names(t, stdout+stderr, "-config", "-node", "-data", "-log", "-keygen", "-version", "-check")
 	code, stdout, stderr = runNode(t, dir, "-version")
 	if want := fmt.Sprintf("confman %s %s linux/%s\n", version(), runtime.Version(), runtime.GOARCH); code != 0 || stdout != want || stderr != "" {
 		t.Errorf("-version: exit status %d, %q, %q, want %q", code, stdout, stderr, want)

@@ -74,6 +74,7 @@ type config struct {
 	join    bool           // this node is new in a cluster that is there
 	keygen  string         // what to print and be done, key or secret; empty: be a node
 	secrets []secret       // the cluster's, decoded by check
+	checks  bool           // say what a start would do and be done
 	version bool           // print which program this is and be done
 	proxies []netip.Prefix // TrustedProxies
 }
@@ -137,6 +138,7 @@ func configure(args []string) (*config, error) {
 	format := flags.String("log", "text", "`format` of the log on standard error: text or json")
 	join := flags.Bool("join", false, "with an empty directory, begin no cluster but wait to be added to the one of Cluster.Nodes")
 	generate := flags.Bool("keygen", false, "print a new API key and its line for the file and end; with the word secret, a new secret")
+	checks := flags.Bool("check", false, "say what a start would do, do none of it and end")
 	which := flags.Bool("version", false, "print which program this is and end")
 	var said bytes.Buffer // its words go out as one line, like every mistake
 	flags.SetOutput(&said)
@@ -200,7 +202,7 @@ func configure(args []string) (*config, error) {
 		// Nobody has it: the only node calls nobody, and others of this machine reach its Raft port too.
 		c.secrets = []secret{newSecret()}
 	}
-	c.args, c.file, c.format = args, *file, *format
+	c.args, c.file, c.format, c.checks = args, *file, *format, *checks
 	c.Storage.DataPath = cmp.Or(*data, c.Storage.DataPath)
 	return c, nil
 }

@@ -132,13 +132,18 @@ func (d *disk) watch() error {
 				continue
 			}
 			if low = !low; low {
-				d.log.Error("disk is nearly full: a leader takes deletes only", "free", d.free.Load(), "minimum", d.leaderFloor())
+				d.sayLow()
 			} else {
 				d.log.Info("disk has room for a leader again", "free", d.free.Load())
 			}
 		}
 	}()
 	return nil
+}
+
+// sayLow logs that lowForLeader holds.
+func (d *disk) sayLow() {
+	d.log.Error("disk is nearly full: a leader takes deletes only", "free", d.free.Load(), "minimum", d.leaderFloor())
 }
 
 // low reports that a follower must not take more.

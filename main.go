@@ -2,6 +2,7 @@
 // node of a small cluster, agrees by Raft and is used with curl.
 //
 //	confman [-config FILE] [-node ID] [-data DIR] [-log text|json] [-join]
+//	confman -check [-config FILE] [-node ID] [-data DIR]
 //	confman -keygen [key|secret]
 //	confman -version
 //
@@ -89,6 +90,8 @@ func run(ctx context.Context, hup <-chan os.Signal, args []string, stdout io.Wri
 	case cfg.version:
 		_, err := fmt.Fprintf(stdout, "confman %s %s %s/%s\n", version(), runtime.Version(), runtime.GOOS, runtime.GOARCH)
 		return err
+	case cfg.checks:
+		return cfg.describe(stdout)
 	}
 	log := cfg.logger()
 	slog.SetDefault(log)
@@ -110,8 +113,8 @@ func run(ctx context.Context, hup <-chan os.Signal, args []string, stdout io.Wri
 		if cert, err = openCertificate(cfg.Tls.Cert, cfg.Tls.Key, log); err != nil {
 			return mistaken("%s: %v", cfg.file, err)
 		}
-	} else if at, ok := api.Addr().(*net.TCPAddr); ok && !at.IP.IsLoopback() {
-		log.Warn("the API is served as plain text: keys and values can be read on the way; set Tls", "address", at.String())
+	} else if at, ok := api.Addr().(*net.TCPAddr); ok {
+		warnPlain(log, at)
 	}
 	dir := filepath.Join(cfg.Storage.DataPath, me.Id)
 	if err := makeDir(dir); err != nil {

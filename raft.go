@@ -181,8 +181,8 @@ func (n *raftNode) setSecrets(secrets []secret) error {
 			}
 		}
 	}
-	if ring == nil && !n.cfg.onLoopback() {
-		n.log.Warn("the nodes talk in plain text: whoever reaches a Raft port owns the data; give the cluster a secret, Cluster.Secret")
+	if ring == nil {
+		n.cfg.warnPlaintext(n.log)
 	}
 	return nil
 }

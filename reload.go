@@ -85,3 +85,10 @@ func (c *config) warn(log *slog.Logger) {
 			"members", strings.Join(names, " "), "do", "chmod o-rwx "+c.file)
 	}
 }
+
+// warnPlaintext says that a cluster without a secret can be reached from other machines.
+func (c *config) warnPlaintext(log *slog.Logger) {
+	if len(c.secrets) == 0 && !c.onLoopback() {
+		log.Warn("the nodes talk in plain text: whoever reaches a Raft port owns the data; give the cluster a secret, Cluster.Secret")
+	}
+}

@@ -113,26 +113,11 @@ var errCorrupt = errors.New("checksum mismatch")
 // "kept after a killed process" or "rebuilding after an unclean stop".
 func openStore(dir string) (s *store, how string, err error) {
 	path, mark := filepath.Join(dir, "state.db"), filepath.Join(dir, "state.mark")
-	now, err := mountMark(dir)
+	how, now, err := howState(dir)
 	if err != nil {
 		return nil, "", err
 	}
-	was, err := os.ReadFile(mark)
-	if err != nil && !os.IsNotExist(err) {
-		return nil, "", err
-	}
-	_, statErr := os.Stat(path)
-	switch {
-	case os.IsNotExist(statErr):
-		how = "new"
-	case statErr != nil:
-		return nil, "", statErr
-	case string(was) == "clean\n":
-		how = "kept after a clean stop"
-	case string(was) == now:
-		how = "kept after a killed process"
-	default:
-		how = "rebuilding after an unclean stop"
+	if how == stateUnclean {
 		if err := os.Remove(path); err != nil {
 			return nil, "", err
 		}
@@ -154,6 +139,35 @@ func openStore(dir string) (s *store, how string, err error) {
 		return nil, "", fmt.Errorf("%w; if the file is damaged, %s", err, rebuildState)
 	}
 	return s, how, nil
+}
+
+// stateUnclean is how a state file is opened that may be anything, see howState.
+const stateUnclean = "rebuilding after an unclean stop"
+
+// howState tells how the state file in dir was left and so is opened, and the mark of one that is in use
+// now. It changes nothing.
+func howState(dir string) (how, now string, err error) {
+	if now, err = mountMark(dir); err != nil {
+		return "", "", err
+	}
+	was, err := os.ReadFile(filepath.Join(dir, "state.mark"))
+	if err != nil && !os.IsNotExist(err) {
+		return "", "", err
+	}
+	_, err = os.Stat(filepath.Join(dir, "state.db"))
+	switch {
+	case os.IsNotExist(err):
+		how = "new"
+	case err != nil:
+		return "", "", err
+	case string(was) == "clean\n":
+		how = "kept after a clean stop"
+	case string(was) == now:
+		how = "kept after a killed process"
+	default:
+		how = stateUnclean
+	}
+	return how, now, nil
 }
 
 // checkEntries checks what the checksums of records do not show, because they are in no page's own:

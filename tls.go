@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"os"
 	"sync/atomic"
 	"syscall"
@@ -77,11 +78,24 @@ func (c *certificate) use(pair *tls.Certificate) {
 	c.pair.Store(pair)
 	leaf := pair.Leaf
 	c.log.Info("certificate of the API", "subject", leaf.Subject.String(), "serial", leaf.SerialNumber.Text(16), "notAfter", leaf.NotAfter)
+	c.warn()
+}
+
+// warn says what is wrong with the pair that is used.
+func (c *certificate) warn() {
+	leaf := c.pair.Load().Leaf
 	if time.Now().After(leaf.NotAfter) {
 		c.log.Error("the certificate of the API has expired; clients refuse it", "notAfter", leaf.NotAfter)
 	}
 	if st, err := os.Stat(c.keyFile); err == nil && st.Mode().Perm()&0o007 != 0 {
 		c.log.Warn("everyone can read the key of the API; chmod o= " + c.keyFile)
+	}
+}
+
+// warnPlain says that an API without a certificate listens where others can hear it.
+func warnPlain(log *slog.Logger, at *net.TCPAddr) {
+	if !at.IP.IsLoopback() {
+		log.Warn("the API is served as plain text: keys and values can be read on the way; set Tls", "address", at.String())
 	}
 }
 
