@@ -4,8 +4,6 @@ package main
 // manual, and what the manual has is in the program.
 
 import (
-	"bytes"
-	"context"
 	"encoding/json"
 	"fmt"
 	"go/ast"
@@ -384,68 +382,6 @@ func TestManualVerify(t *testing.T) {
 	if want := fmt.Sprintf("5 events, revision %d hash %s\n", st.Revision, st.Hash); err != nil || string(out) != want {
 		t.Errorf("%q, %v, want %q", out, err, want)
 	}
-}
-
-// TestManualDrills runs the fire drills of the manual as they stand there, on the ports that they
-// name, in namespaces of its own. What they print differs from the manual in no more than who leads,
-// hashes and how long something took.
-func TestManualDrills(t *testing.T) {
-	long(t)
-	needs(t, "bash", "curl", "pkill", "unshare", "ip", "tac")
-	if os.Getuid() != 0 {
-		t.Skip("needs root, for namespaces of its own")
-	}
-	t.Parallel()
-	dir := t.TempDir()
-	if out, err := exec.Command("go", "build", "-o", filepath.Join(dir, "confman"), ".").CombinedOutput(); err != nil {
-		t.Fatalf("%v: %s", err, out)
-	}
-	if err := os.CopyFS(filepath.Join(dir, "testdata"), os.DirFS("testdata")); err != nil {
-		t.Fatal(err)
-	}
-	var script strings.Builder
-	var want []string
-	const mark = "\x1e\n"
-	for block := range strings.SplitSeq(chapter(t, "FIRE DRILLS"), "\n```sh\n") {
-		commands, rest, ok := strings.Cut(block, "\n```\n```\n")
-		if !ok {
-			continue // the text before the first block
-		}
-		printed, _, _ := strings.Cut(rest, "\n```\n")
-		want = append(want, printed+"\n")
-		script.WriteString(strings.ReplaceAll(commands, "/tmp/", dir+"/") + "\nprintf '\\036\\n'\n")
-	}
-	if len(want) < 9 {
-		t.Fatalf("the chapter has %d drills", len(want))
-	}
-	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
-	defer cancel()
-	cmd := exec.CommandContext(ctx, "unshare", "-n", "-p", "-f", "--kill-child", "--mount-proc",
-		"bash", "-c", "ip link set lo up\n"+script.String())
-	cmd.Dir = dir
-	cmd.WaitDelay = 5 * time.Second
-	var errs bytes.Buffer
-	cmd.Stderr = &errs
-	out, err := cmd.Output()
-	if err != nil {
-		t.Errorf("%v\n%s", err, errs.Bytes())
-	}
-	got := strings.Split(string(out), mark)
-	for i, w := range want {
-		if i >= len(got) || alike(got[i]) != alike(w) {
-			t.Errorf("drill %d prints\n%s\nthe manual says\n%s", i, append(got, "nothing")[min(i, len(got))], w)
-		}
-	}
-}
-
-var (
-	whoLeads  = regexp.MustCompile(`node[123]( is ready,)? ?(leader|follower)?`)
-	differing = regexp.MustCompile(`hash [0-9a-f]{8}|took=[0-9a-zµ.]+|raft entr.*?:|revision=[0-9]+`)
-)
-
-// alike takes out of what a drill prints what differs from one time to the next.
-func alike(s string) string {
-	return differing.ReplaceAllString(whoLeads.ReplaceAllString(s, "node$1"), "~")
 }
 
 // TestManualDigest: the manual's command makes of a key the digest that a node takes for it.

@@ -1,0 +1,315 @@
+package main
+
+// The shell blocks of README.md are run, in order, and what they print is what stands below them.
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+// A block is a fenced one of the manual.
+type block struct {
+	chapter string
+	line    int    // of its fence
+	lang    string // behind the fence
+	text    string // its lines, each ended
+	shown   string // of shell, the block without a language that follows: what it prints
+}
+
+// first is the block's first line, by which tests name it.
+func (b *block) first() string { return strings.TrimSpace(strings.SplitN(b.text, "\n", 2)[0]) }
+
+// blocks returns the manual's fenced blocks in order, without those that are the output of one.
+func blocks(t *testing.T) (all []*block) {
+	t.Helper()
+	text, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var in *block
+	chapter, number := "", 0
+	for line := range strings.Lines(string(text)) {
+		number++
+		fence, isFence := strings.CutPrefix(strings.TrimSpace(line), "```")
+		switch {
+		case in == nil && isFence:
+			in = &block{chapter: chapter, line: number, lang: fence}
+		case isFence:
+			var last *block
+			if len(all) > 0 {
+				last = all[len(all)-1]
+			}
+			if in.lang != "" {
+				all = append(all, in)
+			} else if last == nil || last.lang != "sh" || last.chapter != chapter || last.shown != "" {
+				t.Errorf("README.md:%d: a block without a language is the output of the shell block before it, and there is none", in.line)
+			} else {
+				last.shown = in.text
+			}
+			in = nil
+		case in != nil:
+			in.text += line
+		case strings.HasPrefix(line, "## "):
+			chapter = strings.TrimSpace(line[3:])
+		}
+	}
+	return all
+}
+
+// A session is a shell that runs chapters of the manual, one after the other.
+type session struct {
+	chapters []string
+	long     bool
+	prelude  string
+	leaders  int // how often some node comes to lead
+}
+
+var sessions = map[string]session{
+	"TestManualCommands": {
+		chapters: []string{"SYNOPSIS", "DESCRIPTION", "QUICK START", "API", "CONFIGURATION", "SECURITY", "OPERATION", "DIAGNOSTICS", "FILES", "LIMITS"},
+		// A pause of the manual is for its reader. Behind each block the nodes come to the same revision: a
+		// plain read of a follower may be some milliseconds behind the block before it.
+		prelude: `sleep() { case $1 in 0.*) command sleep $1 ;; *) command sleep 1 ;; esac; }
+between() { until [ $(curl -s -m 1 http://127.0.0.1:50{10,20,30}/health/ready | grep -o '"revision":[0-9]*' | sort -u | wc -l) -le 1 ]; do command sleep 0.05; done; }
+`,
+		leaders: 3,
+	},
+	"TestManualDrills": {chapters: []string{"FIRE DRILLS"}, long: true, prelude: "between() { :; }\n"},
+}
+
+// instead is what is run in the place of a block, by its first line.
+var instead = map[string]string{
+	// It does not end, and the tests run already.
+	"go run .": `./confman >/tmp/alone 2>/tmp/alone.log &
+until [ "$(wc -l </tmp/alone)" = 4 ]; do command sleep 0.05; done; cat /tmp/alone
+`,
+}
+
+// notRun are the blocks that no session runs, by their first line, and why.
+var notRun = map[string]string{
+	"[Unit]":   "a file, not commands",
+	"defaults": "a file, not commands",
+	"useradd --system --no-create-home --shell /usr/sbin/nologin confman":                                      "changes the machine, and needs systemd",
+	"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 365 -subj /CN=confman \\": "needs the machines and the user of DEPLOYMENT",
+}
+
+// TestManualBlocks: every block of the manual is run by a session, or notRun says why not, and what instead
+// and notRun name is there.
+func TestManualBlocks(t *testing.T) {
+	t.Parallel()
+	all := blocks(t)
+	if len(all) == 0 {
+		t.Fatal("README.md has no blocks")
+	}
+	seen := map[string]bool{}
+	for _, b := range all {
+		seen[b.first()] = true
+		if notRun[b.first()] != "" {
+			continue
+		}
+		run := b.lang == "sh"
+		for _, s := range sessions {
+			if slices.Contains(s.chapters, b.chapter) && run {
+				run = false
+				seen[b.chapter] = true
+			}
+		}
+		if run || b.lang != "sh" {
+			t.Errorf("README.md:%d: no session runs this block of the chapter %s, and notRun does not say why", b.line, b.chapter)
+		}
+	}
+	for first := range instead {
+		if !seen[first] {
+			t.Errorf("README.md has no block that begins with %q any more", first)
+		}
+	}
+	for first := range notRun {
+		if !seen[first] {
+			t.Errorf("README.md has no block that begins with %q any more", first)
+		}
+	}
+}
+
+// TestManualCommands runs the manual's commands but for the fire drills as they stand there, on the ports
+// that they name, in namespaces of its own, and compares what they print with what the manual shows.
+func TestManualCommands(t *testing.T) {
+	t.Parallel()
+	runSession(t)
+}
+
+// TestManualDrills runs the fire drills likewise.
+func TestManualDrills(t *testing.T) {
+	long(t)
+	t.Parallel()
+	runSession(t)
+}
+
+// runSession runs the session of the test's name. Where it prints something else than the manual shows, and
+// a leader has been replaced that should not be, as on a machine that is busy, it is run again.
+func runSession(t *testing.T) {
+	needs(t, "bash", "curl", "pkill", "unshare", "ip", "tac", "sha256sum", "python3")
+	own := []string{"-n", "-p", "-f", "--kill-child", "--mount-proc"}
+	if os.Getuid() != 0 {
+		own = append(own, "-r")
+	}
+	if out, err := exec.Command("unshare", append(own, "ip", "link", "set", "lo", "up")...).CombinedOutput(); err != nil {
+		t.Skipf("no namespaces of its own: %v: %s", err, out)
+	}
+	s := sessions[t.Name()]
+	for round := 1; ; round++ {
+		complaints, leaders := s.run(t, own)
+		if len(complaints) > 0 && leaders > s.leaders && round < 3 && s.leaders > 0 {
+			t.Logf("round %d: a leader was replaced, %d came to lead; again", round, leaders)
+			continue
+		}
+		for _, c := range complaints {
+			t.Error(c)
+		}
+		return
+	}
+}
+
+// run runs the session once. It returns where it prints something else than the manual shows, and how often
+// a node came to lead.
+func (s session) run(t *testing.T, own []string) (complaints []string, leaders int) {
+	dir := t.TempDir()
+	exe, err := os.Executable()
+	if err == nil {
+		// The program is this binary, see TestMain. It has the name that the manual's pkill looks for.
+		if at := filepath.Join(dir, "confman"); os.Link(exe, at) != nil {
+			var b []byte
+			if b, err = os.ReadFile(exe); err == nil {
+				err = os.WriteFile(at, b, 0o700)
+			}
+		}
+	}
+	if err := errors.Join(err, os.CopyFS(filepath.Join(dir, "testdata"), os.DirFS("testdata")), os.Mkdir(filepath.Join(dir, "tmp"), 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	var script strings.Builder
+	script.WriteString("ip link set lo up\ngo() { :; }\n" + s.prelude)
+	var run []*block
+	for _, b := range blocks(t) {
+		if b.lang != "sh" || notRun[b.first()] != "" || !slices.Contains(s.chapters, b.chapter) {
+			continue
+		}
+		run = append(run, b)
+		text := b.text
+		if other := instead[b.first()]; other != "" {
+			text = other
+		}
+		script.WriteString(strings.ReplaceAll(text, "/tmp/", dir+"/tmp/") + "printf '\\036\\n'; between\n")
+	}
+	writeFile(t, filepath.Join(dir, ".curlrc"), []byte("no-progress-meter\n")) // as on a terminal
+	// A file: what stands in the arguments of the shell, pkill -f would find there.
+	writeFile(t, filepath.Join(dir, "tmp", "session"), []byte(script.String()))
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "unshare", append(own, "bash", "tmp/session")...)
+	cmd.Dir = dir
+	cmd.Env = append(os.Environ(), "CONFMAN_NODE="+manualNode, "GORACE=halt_on_error=1", "PATH="+dir+":"+os.Getenv("PATH"), "CURL_HOME="+dir)
+	cmd.WaitDelay = 5 * time.Second
+	var errs bytes.Buffer
+	cmd.Stderr = &errs
+	out, err := cmd.Output()
+	if err != nil {
+		complaints = append(complaints, fmt.Sprintf("%v\n%s", err, errs.Bytes()))
+	}
+	for line := range strings.Lines(errs.String()) {
+		if !jobEnded.MatchString(line) {
+			complaints = append(complaints, "on standard error: "+line)
+		}
+	}
+	logs, err := filepath.Glob(filepath.Join(dir, "tmp", "*.log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range logs {
+		text, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		leaders += strings.Count(string(text), "msg=leading ")
+		if bytes.Contains(text, []byte("panic:")) {
+			complaints = append(complaints, name+": "+string(text))
+		}
+	}
+	got := strings.Split(strings.NewReplacer(dir+"/tmp/", "/tmp/", "\r\n", "\n").Replace(string(out)), "\x1e\n")
+	shown, printed := newMask(), newMask()
+	var wantListening, gotListening []string
+	for i, b := range run {
+		if i >= len(got)-1 {
+			complaints = append(complaints, fmt.Sprintf("README.md:%d and what follows was not run", b.line))
+			break
+		}
+		want, listening := shown.hide(b.shown)
+		wantListening = append(wantListening, listening...)
+		is, listening := printed.hide(got[i])
+		gotListening = append(gotListening, listening...)
+		if diff := cmp.Diff(strings.Split(want, "\n"), strings.Split(is, "\n")); diff != "" {
+			complaints = append(complaints, fmt.Sprintf("README.md:%d prints\n%s\nthe manual shows\n%s\n(-manual +printed, masked):\n%s", b.line, got[i], b.shown, diff))
+		}
+	}
+	if diff := cmp.Diff(wantListening, gotListening); diff != "" {
+		complaints = append(complaints, fmt.Sprintf("nodes that listen (-manual +printed):\n%s", diff))
+	}
+	return complaints, leaders
+}
+
+// jobEnded is what bash says of a job that was killed.
+var jobEnded = regexp.MustCompile(`^tmp/session: line \d+: +\d+ (Killed|Terminated)`)
+
+// A mask hides what differs from one run to the next. What is drawn anew in each run becomes a number, by
+// the order in which it first comes, so that what is the same in two places of the manual is in the run, too.
+type mask map[string]string
+
+func newMask() mask {
+	none := strings.Repeat("0", 64) // before the first event; no other run has another
+	return mask{none: none, none[:8]: none[:8]}
+}
+
+var (
+	// Drawn anew: hashes and digests, times, correlation ids, keys.
+	drawn = regexp.MustCompile(`\b[0-9a-f]{64}\b|\bhash [0-9a-f]{8}\b|\d{4}-\d\d-\d\dT[0-9:.]+Z|\b[A-Z2-7]{26}\b|\bcm_[A-Za-z0-9_-]{43}`)
+	// Different from run to run: the time and a time's length in an answer's head, ages, terms, process
+	// numbers, how long something took, what the program was built from, and who leads.
+	differing = regexp.MustCompile(`Date: .*|Content-Length: \d+|Confman-Staleness-Ms: \d+|"stalenessMs":\d+|"term":\d+|process \d+|took=[0-9a-zµ.]+|confman (?:v\d\S+|devel)|` +
+		`"role":"(?:leader|follower)","leader":"[^"]*","leaderId":"[^"]*"|raft entr.*?:|revision=\d+`)
+	whoLeads = regexp.MustCompile(`(node)[123]( is ready, )(?:leader|follower)`)
+	whoSays  = regexp.MustCompile(`\bnode=node[123]\b`)
+	address  = regexp.MustCompile(`(127\.0\.0\.1:50)[123]([01])`)
+)
+
+// hide masks a block's output. The lines by which nodes of the background say that they listen come when
+// they come, and are returned apart.
+func (m mask) hide(text string) (masked string, listening []string) {
+	text = drawn.ReplaceAllStringFunc(text, func(s string) string {
+		if m[s] == "" {
+			m[s] = fmt.Sprintf("<%d>", len(m))
+		}
+		return m[s]
+	})
+	text = differing.ReplaceAllString(text, "~")
+	text = whoSays.ReplaceAllString(whoLeads.ReplaceAllString(text, "$1$2"), "node=")
+	var rest strings.Builder
+	for line := range strings.Lines(text) {
+		if strings.HasPrefix(line, "listening ") {
+			listening = append(listening, address.ReplaceAllString(line, "$1~$2"))
+		} else {
+			rest.WriteString(line)
+		}
+	}
+	return rest.String(), listening
+}
