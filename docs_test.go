@@ -400,3 +400,174 @@ func TestManualDigest(t *testing.T) {
 		t.Errorf("it prints %q (%v), not the digest %x", out, err, clear)
 	}
 }
+
+// sources returns the text of the package's Go files, the program's or the tests'.
+func sources(t *testing.T, tests bool) string {
+	t.Helper()
+	files, err := filepath.Glob("*.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var all strings.Builder
+	for _, name := range files {
+		if strings.HasSuffix(name, "_test.go") != tests {
+			continue
+		}
+		b, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		all.Write(b)
+	}
+	return all.String()
+}
+
+// found returns what the first group of an expression matches in text, each once.
+func found(text, expr string) (all []string) {
+	for _, m := range regexp.MustCompile(expr).FindAllStringSubmatch(text, -1) {
+		all = append(all, m[1])
+	}
+	slices.Sort(all)
+	return slices.Compact(all)
+}
+
+// manual returns README.md.
+func manual(t *testing.T) string {
+	t.Helper()
+	b, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
+
+// TestManualLogLines: what the manual quotes of the log and of the last line of a node that fails is in the
+// source, of raft and of net/http where it is theirs; and each warning of the program is in the manual, for
+// errors are there as a whole.
+func TestManualLogLines(t *testing.T) {
+	needs(t, "go")
+	t.Parallel()
+	dirs, err := exec.Command("go", "list", "-f", "{{.Dir}}", "github.com/hashicorp/raft", "net/http").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	own := sources(t, false)
+	theirs := map[string]string{"raft: ": "", "http: ": ""}
+	for _, dir := range strings.Fields(string(dirs)) {
+		files, err := filepath.Glob(filepath.Join(dir, "*.go"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		of := "http: "
+		if strings.Contains(dir, "raft") {
+			of = "raft: "
+		}
+		for _, name := range files {
+			b, err := os.ReadFile(name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			theirs[of] += string(b)
+		}
+	}
+	quotes := slices.Concat(found(manual(t), `msg="([^"\n]*)"`), found(chapter(t, "DIAGNOSTICS"), "`confman: ([^`]*)`"))
+	if len(quotes) < 20 {
+		t.Fatalf("the manual quotes %q only", quotes)
+	}
+	for _, quote := range quotes {
+		in := own
+		for prefix, text := range theirs {
+			if rest, ok := strings.CutPrefix(quote, prefix); ok {
+				quote, in = rest, text
+			}
+		}
+		for part := range strings.SplitSeq(quote, "...") {
+			if part = strings.TrimSuffix(strings.Trim(part, " ;"), "[^"); !strings.Contains(in, part) {
+				t.Errorf("the manual quotes %q, and no source has %q", quote, part)
+			}
+		}
+	}
+	text := manual(t)
+	for _, warning := range found(own, `\.Warn\("([^"]*)"`) {
+		// The manual may leave the end out.
+		said := slices.ContainsFunc(found(text, `msg="([^"\n]*)"`), func(quote string) bool {
+			head, _, _ := strings.Cut(quote, "...")
+			return strings.HasPrefix(warning, strings.TrimSpace(head))
+		})
+		if !said {
+			t.Errorf("the manual does not say what the warning %q means", warning)
+		}
+	}
+}
+
+// TestManualExits: the exit statuses of the program are those of the manual's table.
+func TestManualExits(t *testing.T) {
+	t.Parallel()
+	want := append([]string{"0"}, found(sources(t, false), `os\.Exit\((\w+)\)`)...)
+	var got []string
+	for _, r := range rows(chapter(t, "DIAGNOSTICS"), `\d+`) {
+		got = append(got, r[0])
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("exit statuses (-program +manual):\n%s", diff)
+	}
+}
+
+// TestManualEnvironment: the variables that program and tests read are in the manual, and the reverse.
+func TestManualEnvironment(t *testing.T) {
+	t.Parallel()
+	const variable = `Getenv\("(CONFMAN_[A-Z]+)"\)`
+	want := append(found(sources(t, false), variable), found(sources(t, true), variable)...)
+	want = slices.DeleteFunc(want, func(name string) bool { return name == "CONFMAN_NODE" }) // the tests' own
+	slices.Sort(want)
+	if diff := cmp.Diff(slices.Compact(want), found(manual(t), `(CONFMAN_[A-Z]+)`)); diff != "" {
+		t.Errorf("variables (-source +manual):\n%s", diff)
+	}
+}
+
+// TestManualActions: the actions of events are those that the manual lists.
+func TestManualActions(t *testing.T) {
+	t.Parallel()
+	const action = `((?:config|namespace|store|audit|node|leader)\.[a-z]+(?:\.[a-z]+)*)`
+	want := found(sources(t, false), `"`+action+`"`)
+	_, list, ok := strings.Cut(chapter(t, "API"), "\n`id` is `<revision>-<index within it>`. `action` is ")
+	list, _, ok2 := strings.Cut(list, "\n")
+	if !ok || !ok2 {
+		t.Fatal("the section Audit events does not list the actions")
+	}
+	if diff := cmp.Diff(want, found(list, "`"+action+"`")); diff != "" {
+		t.Errorf("actions (-program +manual):\n%s", diff)
+	}
+}
+
+// TestManualHeaders: the headers of the program's own are in the manual, but for those between nodes, and
+// the reverse.
+func TestManualHeaders(t *testing.T) {
+	t.Parallel()
+	const header = `(Confman-[A-Za-z-]+)`
+	want := slices.DeleteFunc(found(sources(t, false), `"`+header+`"`), func(name string) bool {
+		return slices.Contains([]string{"Confman-Deadline", "Confman-Forwarded", "Confman-Source"}, name)
+	})
+	if diff := cmp.Diff(want, found(chapter(t, "API"), header)); diff != "" {
+		t.Errorf("headers (-program +manual):\n%s", diff)
+	}
+}
+
+// TestManualTesting: what the chapter TESTING names is there: every fuzz test, and what -run selects.
+func TestManualTesting(t *testing.T) {
+	t.Parallel()
+	text, tests := chapter(t, "TESTING"), sources(t, true)
+	if diff := cmp.Diff(found(tests, `\nfunc (Fuzz\w+)`), found(text, `\b(Fuzz\w+)`)); diff != "" {
+		t.Errorf("fuzz tests (-source +manual):\n%s", diff)
+	}
+	for _, name := range found(text, "-run (\\w+)`") {
+		if !regexp.MustCompile(`\nfunc Test\w*` + name).MatchString(tests) {
+			t.Errorf("no test is called %s", name)
+		}
+	}
+	for _, file := range found(manual(t), "`(testdata/[^` ]*|\\.ci/[^` ]*|deploy/[^` ]*)`") {
+		if _, err := os.Stat(file); err != nil {
+			t.Errorf("the manual names a file: %v", err)
+		}
+	}
+}

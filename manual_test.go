@@ -215,7 +215,7 @@ func (s session) run(t *testing.T, own []string) (complaints []string, leaders i
 	writeFile(t, filepath.Join(dir, ".curlrc"), []byte("no-progress-meter\n")) // as on a terminal
 	// A file: what stands in the arguments of the shell, pkill -f would find there.
 	writeFile(t, filepath.Join(dir, "tmp", "session"), []byte(script.String()))
-	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "unshare", append(own, "bash", "tmp/session")...)
 	cmd.Dir = dir
