@@ -68,10 +68,10 @@ func blocks(t *testing.T) (all []*block) {
 	return all
 }
 
-// A session is a shell that runs chapters of the manual, one after the other.
+// A session is a shell that runs blocks of the manual, one after the other.
 type session struct {
-	chapters []string
-	long     bool
+	chapters []string          // whole, but for blocks that another session runs apart
+	apart    map[string]string // blocks of any chapter, by their first line, and what is run before, unseen
 	prelude  string
 	leaders  int // how often some node comes to lead
 }
@@ -86,7 +86,63 @@ between() { until [ $(curl -s -m 1 http://127.0.0.1:50{10,20,30}/health/ready | 
 `,
 		leaders: 3,
 	},
-	"TestManualDrills": {chapters: []string{"FIRE DRILLS"}, long: true, prelude: "between() { :; }\n"},
+	"TestManualDrills": {chapters: []string{"FIRE DRILLS"}, prelude: "between() { :; }\n"},
+	// The three machines are one, which has all addresses. Its system directories are copies or empty, and
+	// enough of systemd is played to run the unit as its user: enable starts it on each machine, and what
+	// else is said to systemctl is said on the first.
+	"TestManualDeployment": {
+		apart: map[string]string{
+			"useradd --system --no-create-home --shell /usr/sbin/nologin confman":                                                            "",
+			"curl -sf --retry 20 --retry-delay 1 --retry-all-errors http://10.0.1.10:5000/health/ready":                                      "",
+			"runuser -u confman -- confman -check -config /etc/confman/confman.json -node node1 -data /var/lib/confman | grep -v '^program'": "",
+			"cd /etc/confman": "",
+			"curl -sf --retry 20 --retry-delay 1 --retry-all-errors --cacert /etc/confman/api.crt https://10.0.1.10:5000/health/ready": `
+sed -i 's|^{|&"Tls": {"Cert": "/etc/confman/api.crt", "Key": "/etc/confman/api.key"},|' /etc/confman/confman.json
+for n in node1 node2 node3; do end $n; machine $n; done
+`,
+			"systemctl restart confman":         "",
+			"systemctl reload confman; sleep 1": "",
+		},
+		prelude: `between() { :; }
+cp -a /etc etc; mount --bind etc /etc; mkdir -p /etc/confman /etc/systemd/system; cp tmp/confman.service /etc/systemd/system
+mkdir bin; chmod 0755 bin; ln confman bin/confman; mount --bind bin /usr/local/bin; mount -t tmpfs none /var/lib; mount -t tmpfs none /var/log
+for a in 10 11 12; do ip addr add 10.0.1.$a/32 dev lo; done
+sed -e '/node1/s/127.0.0.1/10.0.1.10/; /node2/s/127.0.0.1/10.0.1.11/; /node3/s/127.0.0.1/10.0.1.12/; s/50[123]0/5000/; s/50[123]1/5001/' \
+	-e 's|"Cluster": {|&"Secret": "'$(confman -keygen secret)'",|' testdata/cluster.json >/etc/confman/confman.json
+unit() { sed -n "s/^$1=//p" /etc/systemd/system/confman.service; }
+machine() {
+	local command=$(unit ExecStart)
+	install -d -m $(unit StateDirectoryMode) -o $(unit User) -g $(unit User) /var/lib/$(unit StateDirectory)
+	setpriv --reuid $(unit User) --regid $(unit User) --init-groups env $(unit Environment) ${command//%l/$1} >/dev/null 2>>/tmp/$1.log &
+}
+end() { pkill -f -- "-node $1"; while pgrep -f -- "-node $1" >/dev/null; do command sleep 0.1; done; }
+systemctl() {
+	case $1 in
+	enable) machine node1; machine node2; machine node3 ;;
+	reload) pkill -HUP -f -- "-node node1" ;;
+	restart) end node1; machine node1 ;;
+	esac
+}
+journalctl() { cat /tmp/node1.log; }
+`,
+	},
+}
+
+// of returns the blocks of the manual that a session runs.
+func (s session) of(all []*block) (run []*block) {
+	apart := map[string]bool{}
+	for _, s := range sessions {
+		for first := range s.apart {
+			apart[first] = true
+		}
+	}
+	for _, b := range all {
+		_, here := s.apart[b.first()]
+		if b.lang == "sh" && notRun[b.first()] == "" && (here || slices.Contains(s.chapters, b.chapter) && !apart[b.first()]) {
+			run = append(run, b)
+		}
+	}
+	return run
 }
 
 // instead is what is run in the place of a block, by its first line.
@@ -101,8 +157,6 @@ until [ "$(wc -l </tmp/alone)" = 4 ]; do command sleep 0.05; done; cat /tmp/alon
 var notRun = map[string]string{
 	"[Unit]":   "a file, not commands",
 	"defaults": "a file, not commands",
-	"useradd --system --no-create-home --shell /usr/sbin/nologin confman":                                      "changes the machine, and needs systemd",
-	"openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 365 -subj /CN=confman \\": "needs the machines and the user of DEPLOYMENT",
 }
 
 // TestManualBlocks: every block of the manual is run by a session, or notRun says why not, and what instead
@@ -113,21 +167,23 @@ func TestManualBlocks(t *testing.T) {
 	if len(all) == 0 {
 		t.Fatal("README.md has no blocks")
 	}
-	seen := map[string]bool{}
+	seen, run := map[string]bool{}, map[*block]bool{}
+	for _, s := range sessions {
+		for _, b := range s.of(all) {
+			run[b] = true
+		}
+	}
 	for _, b := range all {
 		seen[b.first()] = true
-		if notRun[b.first()] != "" {
-			continue
-		}
-		run := b.lang == "sh"
-		for _, s := range sessions {
-			if slices.Contains(s.chapters, b.chapter) && run {
-				run = false
-				seen[b.chapter] = true
-			}
-		}
-		if run || b.lang != "sh" {
+		if !run[b] && notRun[b.first()] == "" {
 			t.Errorf("README.md:%d: no session runs this block of the chapter %s, and notRun does not say why", b.line, b.chapter)
+		}
+	}
+	for _, s := range sessions {
+		for first := range s.apart {
+			if !seen[first] {
+				t.Errorf("README.md has no block that begins with %q any more", first)
+			}
 		}
 	}
 	for first := range instead {
@@ -152,6 +208,17 @@ func TestManualCommands(t *testing.T) {
 // TestManualDrills runs the fire drills likewise.
 func TestManualDrills(t *testing.T) {
 	long(t)
+	t.Parallel()
+	runSession(t)
+}
+
+// TestManualDeployment runs what is to be done on machines of their own.
+func TestManualDeployment(t *testing.T) {
+	long(t)
+	needs(t, "useradd", "setpriv", "runuser", "openssl", "mount", "install")
+	if os.Getuid() != 0 {
+		t.Skip("needs root, for a user and directories of the system")
+	}
 	t.Parallel()
 	runSession(t)
 }
@@ -198,18 +265,21 @@ func (s session) run(t *testing.T, own []string) (complaints []string, leaders i
 	if err := errors.Join(err, os.CopyFS(filepath.Join(dir, "testdata"), os.DirFS("testdata")), os.Mkdir(filepath.Join(dir, "tmp"), 0o700)); err != nil {
 		t.Fatal(err)
 	}
-	var script strings.Builder
-	script.WriteString("ip link set lo up\ngo() { :; }\n" + s.prelude)
-	var run []*block
-	for _, b := range blocks(t) {
-		if b.lang != "sh" || notRun[b.first()] != "" || !slices.Contains(s.chapters, b.chapter) {
-			continue
+	all := blocks(t)
+	for _, b := range all {
+		if b.first() == "[Unit]" {
+			writeFile(t, filepath.Join(dir, "tmp", "confman.service"), []byte(b.text))
 		}
-		run = append(run, b)
+	}
+	var script strings.Builder
+	script.WriteString("cd " + dir + "\nip link set lo up\ngo() { :; }\n" + strings.ReplaceAll(s.prelude, "/tmp/", dir+"/tmp/"))
+	run := s.of(all)
+	for _, b := range run {
 		text := b.text
 		if other := instead[b.first()]; other != "" {
 			text = other
 		}
+		text = s.apart[b.first()] + text
 		script.WriteString(strings.ReplaceAll(text, "/tmp/", dir+"/tmp/") + "printf '\\036\\n'; between\n")
 	}
 	writeFile(t, filepath.Join(dir, ".curlrc"), []byte("no-progress-meter\n")) // as on a terminal
