@@ -560,7 +560,7 @@ func TestManualTesting(t *testing.T) {
 	if diff := cmp.Diff(found(tests, `\nfunc (Fuzz\w+)`), found(text, `\b(Fuzz\w+)`)); diff != "" {
 		t.Errorf("fuzz tests (-source +manual):\n%s", diff)
 	}
-	for _, name := range found(text, "-run (\\w+)`") {
+	for _, name := range found(text, "-run (\\w+)[` ]") {
 		if !regexp.MustCompile(`\nfunc Test\w*` + name).MatchString(tests) {
 			t.Errorf("no test is called %s", name)
 		}

@@ -84,7 +84,7 @@ var sessions = map[string]session{
 		prelude: `sleep() { case $1 in 0.*) command sleep $1 ;; *) command sleep 1 ;; esac; }
 between() { until [ $(curl -s -m 1 http://127.0.0.1:50{10,20,30}/health/ready | grep -o '"revision":[0-9]*' | sort -u | wc -l) -le 1 ]; do command sleep 0.05; done; }
 `,
-		leaders: 3,
+		leaders: 4,
 	},
 	"TestManualDrills": {chapters: []string{"FIRE DRILLS"}, prelude: "between() { :; }\n"},
 	// The three machines are one, which has all addresses. Its system directories are copies or empty, and
@@ -148,7 +148,7 @@ func (s session) of(all []*block) (run []*block) {
 // instead is what is run in the place of a block, by its first line.
 var instead = map[string]string{
 	// It does not end, and the tests run already.
-	"go run .": `./confman >/tmp/alone 2>/tmp/alone.log &
+	"go run .": `: >/tmp/alone; ./confman >/tmp/alone 2>/tmp/alone.log &
 until [ "$(wc -l </tmp/alone)" = 4 ]; do command sleep 0.05; done; cat /tmp/alone
 `,
 }
@@ -200,6 +200,7 @@ func TestManualBlocks(t *testing.T) {
 
 // TestManualCommands runs the manual's commands but for the fire drills as they stand there, on the ports
 // that they name, in namespaces of its own, and compares what they print with what the manual shows.
+// With -update it writes what they print into the manual instead, of one run.
 func TestManualCommands(t *testing.T) {
 	t.Parallel()
 	runSession(t)
@@ -319,6 +320,10 @@ func (s session) run(t *testing.T, own []string) (complaints []string, leaders i
 	got := strings.Split(strings.NewReplacer(dir+"/tmp/", "/tmp/", "\r\n", "\n").Replace(string(out)), "\x1e\n")
 	shown, printed := newMask(), newMask()
 	var wantListening, gotListening []string
+	text := ""
+	if *update {
+		text = manual(t)
+	}
 	for i, b := range run {
 		if i >= len(got)-1 {
 			complaints = append(complaints, fmt.Sprintf("README.md:%d and what follows was not run", b.line))
@@ -328,14 +333,41 @@ func (s session) run(t *testing.T, own []string) (complaints []string, leaders i
 		wantListening = append(wantListening, listening...)
 		is, listening := printed.hide(got[i])
 		gotListening = append(gotListening, listening...)
+		if *update {
+			if b.shown == "" && is != "" {
+				t.Fatalf("README.md:%d has no place for what it prints: add an empty block below it", b.line)
+			}
+			if b.shown != "" {
+				before, after, _ := strings.Cut(text, "```sh\n"+b.text)
+				text = before + "```sh\n" + b.text + strings.Replace(after, "\n```\n"+b.shown+"```\n",
+					"\n```\n"+only(b.shown, true)+only(got[i], false)+"```\n", 1)
+			}
+			continue
+		}
 		if diff := cmp.Diff(strings.Split(want, "\n"), strings.Split(is, "\n")); diff != "" {
 			complaints = append(complaints, fmt.Sprintf("README.md:%d prints\n%s\nthe manual shows\n%s\n(-manual +printed, masked):\n%s", b.line, got[i], b.shown, diff))
+		}
+	}
+	if *update {
+		if err := os.WriteFile("README.md", []byte(text), 0o644); err != nil {
+			t.Fatal(err)
 		}
 	}
 	if diff := cmp.Diff(wantListening, gotListening); diff != "" {
 		complaints = append(complaints, fmt.Sprintf("nodes that listen (-manual +printed):\n%s", diff))
 	}
 	return complaints, leaders
+}
+
+// only returns those lines of an output by which nodes say that they listen, or the others.
+func only(text string, listening bool) string {
+	var kept strings.Builder
+	for line := range strings.Lines(text) {
+		if strings.HasPrefix(line, "listening ") == listening {
+			kept.WriteString(line)
+		}
+	}
+	return kept.String()
 }
 
 // jobEnded is what bash says of a job that was killed.
@@ -354,9 +386,10 @@ var (
 	// Drawn anew: hashes and digests, times, correlation ids, keys.
 	drawn = regexp.MustCompile(`\b[0-9a-f]{64}\b|\bhash [0-9a-f]{8}\b|\d{4}-\d\d-\d\dT[0-9:.]+Z|\b[A-Z2-7]{26}\b|\bcm_[A-Za-z0-9_-]{43}`)
 	// Different from run to run: the time and a time's length in an answer's head, ages, terms, process
-	// numbers, how long something took, what the program was built from, and who leads.
-	differing = regexp.MustCompile(`Date: .*|Content-Length: \d+|Confman-Staleness-Ms: \d+|"stalenessMs":\d+|"term":\d+|process \d+|took=[0-9a-zµ.]+|confman (?:v\d\S+|devel)|` +
-		`"role":"(?:leader|follower)","leader":"[^"]*","leaderId":"[^"]*"|raft entr.*?:|revision=\d+`)
+	// numbers, free space, how long something took, what the program was built from, who leads, and how far
+	// a node was when the leader heard of it last.
+	differing = regexp.MustCompile(`Date: .*|Content-Length: \d+|Confman-Staleness-Ms: \d+|"stalenessMs":-?\d+|"lastContactMs":-?\d+|"diskFreeBytes":\d+|"version":"[^"]*"|"term":\d+|process \d+|took=[0-9a-zµ.]+|confman (?:v\d\S+|devel)|` +
+		`"role":"\w+"|"voter":true,"revision":\d+,"hash":"\w+"|"leader":"[^"]*"|"leaderId":"[^"]*"|raft entr.*?:|revision=\d+`)
 	whoLeads = regexp.MustCompile(`(node)[123]( is ready, )(?:leader|follower)`)
 	whoSays  = regexp.MustCompile(`\bnode=node[123]\b`)
 	address  = regexp.MustCompile(`(127\.0\.0\.1:50)[123]([01])`)
@@ -365,21 +398,16 @@ var (
 // hide masks a block's output. The lines by which nodes of the background say that they listen come when
 // they come, and are returned apart.
 func (m mask) hide(text string) (masked string, listening []string) {
+	text = differing.ReplaceAllString(text, "~")
 	text = drawn.ReplaceAllStringFunc(text, func(s string) string {
 		if m[s] == "" {
 			m[s] = fmt.Sprintf("<%d>", len(m))
 		}
 		return m[s]
 	})
-	text = differing.ReplaceAllString(text, "~")
 	text = whoSays.ReplaceAllString(whoLeads.ReplaceAllString(text, "$1$2"), "node=")
-	var rest strings.Builder
-	for line := range strings.Lines(text) {
-		if strings.HasPrefix(line, "listening ") {
-			listening = append(listening, address.ReplaceAllString(line, "$1~$2"))
-		} else {
-			rest.WriteString(line)
-		}
+	for line := range strings.Lines(only(text, true)) {
+		listening = append(listening, address.ReplaceAllString(line, "$1~$2"))
 	}
-	return rest.String(), listening
+	return only(text, false), listening
 }

@@ -29,7 +29,7 @@ import (
 	"go.etcd.io/bbolt"
 )
 
-var update = flag.Bool("update", false, "write testdata/state-v1.db anew")
+var update = flag.Bool("update", false, "write anew what the selected test compares with: a file of testdata, or what the manual shows")
 
 // A writer is a store and the log that makes it. Every command goes through the
 // bytes that raft carries.
