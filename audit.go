@@ -340,9 +340,10 @@ func (c *call) eventFilter() (eventFilter, error) {
 	return f, nil
 }
 
+// match reports whether an event is selected. That of a restore is of every namespace.
 func (f eventFilter) match(stored []byte) bool {
 	for _, m := range f {
-		if !bytes.Contains(stored, m) {
+		if !bytes.Contains(stored, m) && !(bytes.HasPrefix(m, []byte(`,"namespace":`)) && jumps(stored)) {
 			return false
 		}
 	}
@@ -370,13 +371,17 @@ func (s *server) audit(c *call, ns string) error {
 		return err
 	}
 	from := place{rev: math.MaxUint64, n: math.MaxUint16} // the newest place that may be shown
+	var own *place                                        // see newestFirst
 	if cur, err := c.cursor('a'); err != nil {
 		return err
 	} else if cur != nil {
-		if len(cur) != 10 {
-			return errBadRequest.because("cursor is not one that this list returned; begin without it")
+		if len(cur) != 10 && (len(cur) != 20 || ns == "") {
+			return errCursor
 		}
-		from = placeAt(cur)
+		if from = placeAt(cur); len(cur) == 20 {
+			p := placeAt(cur[10:])
+			own = &p
+		}
 	}
 	filter, err := c.eventFilter()
 	if err != nil {
@@ -394,7 +399,7 @@ func (s *server) audit(c *call, ns string) error {
 		}
 		err := s.store.view(func(tx *bbolt.Tx) error {
 			more = false
-			next, err := newestFirst(tx, ns, from)
+			next, err := newestFirst(tx, ns, from, own)
 			if err != nil {
 				return err
 			}
@@ -404,14 +409,21 @@ func (s *server) audit(c *call, ns string) error {
 					return err
 				}
 				if scanned == auditScan {
-					from, more = at, true
+					from, own, more = at, nil, true
+					if ns != "" && jumps(ev.json) {
+						own = &ev.prev
+					}
 					return nil
 				}
 				if !filter.match(ev.json) {
 					continue
 				}
 				if p.full() {
-					p.next = cursorOf('a', at.appendTo(nil))
+					cur := at.appendTo(nil)
+					if ns != "" && jumps(ev.json) {
+						cur = ev.prev.appendTo(cur)
+					}
+					p.next = cursorOf('a', cur)
 					return nil
 				}
 				p.add(ev.json)
@@ -424,10 +436,17 @@ func (s *server) audit(c *call, ns string) error {
 	return p.send(c)
 }
 
+// errCursor is the refusal of a cursor that was made up.
+var errCursor = errBadRequest.because("cursor is not one that this list returned; begin without it")
+
 // newestFirst walks the trail of ns, or the whole trail if ns is empty, back from the
 // newest event at or before from. The walk ends with the zero place. A namespace that
 // never was is errNotFound.
-func newestFirst(tx *bbolt.Tx, ns string, from place) (func() (place, eventRecord, error), error) {
+//
+// The trail of a namespace has the events of restores among its own. Of these the record that is returned
+// has in prev the namespace's own event before it, which is not stored with it: who goes on there later
+// gives it back as own.
+func newestFirst(tx *bbolt.Tx, ns string, from place, own *place) (func() (place, eventRecord, error), error) {
 	if ns == "" {
 		cur := tx.Bucket(bucketTrail).Cursor()
 		var behind *place // the event that was returned before
@@ -467,33 +486,60 @@ func newestFirst(tx *bbolt.Tx, ns string, from place) (func() (place, eventRecor
 	if n == nil {
 		return nil, errNotFound.because("there is and was no namespace %s", ns)
 	}
+	// named finds an event that another one names, or a cursor.
+	named := func(at place) (eventRecord, error) {
+		ev, ok, err := getEvent(tx, at)
+		if err == nil && !ok {
+			err = fmt.Errorf("state.db: event %d-%d is not there: %w", at.rev, at.n, errCorrupt)
+		}
+		return ev, err
+	}
 	at := n.last
-	if from.before(at) {
+	restore, err := lastRestore(tx, from)
+	if err != nil {
+		return nil, err
+	}
+	switch {
+	case own != nil:
+		at = *own
+		if restore != from || !at.before(from) {
+			return nil, errCursor
+		}
+	case from.before(at) && restore == from:
+		return nil, errCursor
+	case from.before(at):
 		// A cursor is the place of an event of this list, so it is a lookup.
 		at = from
+	}
+	if at != n.last && at.rev != 0 {
 		ev, ok, err := getEvent(tx, at)
 		if err != nil {
 			return nil, err
 		}
 		if !ok || !bytes.Contains(ev.json, append(appendString([]byte(`,"namespace":`), ns), ',')) {
-			return nil, errBadRequest.because("cursor is not one that this list returned; begin without it")
+			return nil, errCursor
 		}
 	}
 	return func() (place, eventRecord, error) {
 		here := at
+		if here.before(restore) {
+			here = restore
+		}
 		if here.rev == 0 {
 			return place{}, eventRecord{}, nil
 		}
-		ev, ok, err := getEvent(tx, here)
-		if err == nil && !ok {
-			// The event behind it names it.
-			err = fmt.Errorf("state.db: event %d-%d is not there: %w", here.rev, here.n, errCorrupt)
-		}
+		ev, err := named(here)
 		if err != nil {
 			return place{}, eventRecord{}, err
 		}
-		at = ev.prev
-		return here, ev, nil
+		if here != restore {
+			at = ev.prev
+			return here, ev, nil
+		}
+		ev.prev = at
+		before := place{here.rev - 1, math.MaxUint16}
+		restore, err = lastRestore(tx, before)
+		return here, ev, err
 	}, nil
 }
 
@@ -505,7 +551,7 @@ func (p place) leadsTo(q place, jump bool) bool {
 
 // jumps reports whether an event, as stored, may leave out revisions in front of its own: a cluster that
 // is made from a backup begins far above the backup's revision, see -restore.
-func jumps(stored []byte) bool { return string(actionOf(stored)) == "store.restore" }
+func jumps(stored []byte) bool { return string(actionOf(stored)) == actionRestore }
 
 // before reports whether p comes before q in the trail.
 func (p place) before(q place) bool {
@@ -597,7 +643,7 @@ func (s *store) hashAt(rev uint64) (h [32]byte, ok bool, err error) {
 		if storedRevision(tx) < rev {
 			return nil
 		}
-		next, err := newestFirst(tx, "", endOf(rev))
+		next, err := newestFirst(tx, "", endOf(rev), nil)
 		if err != nil {
 			return err
 		}

@@ -72,6 +72,7 @@ type config struct {
 	format  string         // of the log: text or json
 	keyIn   string         // the made key's file; empty with a configuration file
 	join    bool           // this node is new in a cluster that is there
+	restore string         // the backup to make the data directory of; empty: be a node
 	keygen  string         // what to print and be done, key or secret; empty: be a node
 	secrets []secret       // the cluster's, decoded by check
 	proxies []netip.Prefix // TrustedProxies
@@ -135,6 +136,7 @@ func configure(args []string) (*config, error) {
 	data := flags.String("data", "", "`directory` of all data, in place of Storage.DataPath")
 	format := flags.String("log", "text", "`format` of the log on standard error: text or json")
 	join := flags.Bool("join", false, "with an empty directory, begin no cluster but wait to be added to the one of Cluster.Nodes")
+	restore := flags.String("restore", "", "make the data directory of a new cluster's first node from a backup, a `file`, and end")
 	generate := flags.Bool("keygen", false, "print a new API key and its line for the file and end; with the word secret, a new secret")
 	var said bytes.Buffer // its words go out as one line, like every mistake
 	flags.SetOutput(&said)
@@ -192,7 +194,7 @@ func configure(args []string) (*config, error) {
 		// Nobody has it: the only node calls nobody, and others of this machine reach its Raft port too.
 		c.secrets = []secret{newSecret()}
 	}
-	c.args, c.file, c.format = args, *file, *format
+	c.args, c.file, c.format, c.restore = args, *file, *format, *restore
 	c.Storage.DataPath = cmp.Or(*data, c.Storage.DataPath)
 	return c, nil
 }

@@ -98,12 +98,25 @@ func (d *disk) look() {
 // during brackets a store call: a leader whose disk hangs otherwise leads for ever, for
 // its heartbeats need no disk. Call what it returns when the call is over.
 func (d *disk) during(what string) (done func()) {
+	_, done = d.watched(what)
+	return done
+}
+
+// watched is during for a call that may find that it has more to do: allow gives it so much more time from
+// then on.
+func (d *disk) watched(what string) (allow func(time.Duration), done func()) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	id := d.next
 	d.next++
-	d.busy[id] = &stall{what: what}
-	return func() {
+	call := &stall{what: what}
+	d.busy[id] = call
+	allow = func(more time.Duration) {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		call.ticks = -int(more / diskTick)
+	}
+	return allow, func() {
 		d.mu.Lock()
 		defer d.mu.Unlock()
 		delete(d.busy, id)

@@ -35,12 +35,14 @@ type server struct {
 	log   *slog.Logger
 	mux   *http.ServeMux
 
-	stopping atomic.Int32  // a stage of shutdown, see goodbye
-	writes   atomic.Int64  // writes that are being answered
-	ending   chan struct{} // closed when waits and streams are to end
-	watches  *watches      // the store's
-	crowd    crowd
-	refusals refusals
+	stopping  atomic.Int32  // a stage of shutdown, see goodbye
+	writes    atomic.Int64  // writes that are being answered
+	ending    chan struct{} // closed when waits and streams are to end
+	watches   *watches      // the store's
+	backups   chan struct{} // a token for each that is sent
+	restoring atomic.Bool   // one is read or staged
+	crowd     crowd
+	refusals  refusals
 }
 
 // The stages of a shutdown.
@@ -83,6 +85,8 @@ func (s *server) routes() []route {
 		{"PUT", "/api/v1/cluster/nodes/{id}", admin, wholeStore, "force", s.putNode},
 		{"DELETE", "/api/v1/cluster/nodes/{id}", admin, wholeStore, "force", s.deleteNode},
 		{"POST", "/api/v1/cluster/leader", admin, wholeStore, "", s.moveLeader},
+		{"GET", "/api/v1/backup", admin, wholeStore, strings.TrimSpace(reads), s.getBackup},
+		{"PUT", "/api/v1/backup", admin, wholeStore, "", s.putBackup},
 		{"GET", "/health", public, noNamespace, "", s.health},
 		{"GET", "/health/ready", public, noNamespace, "", s.ready},
 	}
@@ -90,6 +94,7 @@ func (s *server) routes() []route {
 
 func newServer(cfg *config, st *store, n *raftNode, log *slog.Logger) *server {
 	s := &server{cfg: cfg, store: st, node: n, log: log, mux: http.NewServeMux(), ending: make(chan struct{}), watches: &st.watches,
+		backups:  make(chan struct{}, maxBackups),
 		refusals: refusals{log: log, most: cfg.Limits.AuthFailuresPerMinute}}
 	s.auth.Store(newAuth(cfg.Auth.ApiKeys, nil))
 	methods := map[string]map[string]*route{}
@@ -322,7 +327,7 @@ func (c *call) serve(methods map[string]*route, allow string) error {
 			return err
 		}
 	}
-	if c.r.ContentLength != 0 {
+	if c.r.ContentLength != 0 && !c.spools() {
 		if err := c.readBody(); err != nil {
 			return err
 		}

@@ -2,6 +2,7 @@
 // node of a small cluster, agrees by Raft and is used with curl.
 //
 //	confman [-config FILE] [-node ID] [-data DIR] [-log text|json] [-join]
+//	confman -restore FILE [-config FILE] [-node ID] [-data DIR]
 //	confman -keygen [key|secret]
 //
 // Without -config it is a cluster of one node on 127.0.0.1, with data in ./data and an
@@ -17,6 +18,7 @@ package main
 import (
 	"cmp"
 	"context"
+	"crypto/tls"
 	"errors"
 	"flag"
 	"fmt"
@@ -84,6 +86,9 @@ func run(ctx context.Context, hup <-chan os.Signal, args []string, stdout io.Wri
 	if cfg.keygen != "" {
 		return keygen(stdout, cfg.keygen)
 	}
+	if cfg.restore != "" {
+		return restoreNew(cfg, stdout)
+	}
 	log := cfg.logger()
 	slog.SetDefault(log)
 	cfg.warn(log)
@@ -116,6 +121,9 @@ func run(ctx context.Context, hup <-chan os.Signal, args []string, stdout io.Wri
 		return err
 	}
 	defer lock.Close()
+	if err := checkFinished(dir); err != nil {
+		return err
+	}
 	made, err := cfg.ownKey(dir)
 	if err != nil {
 		return err
@@ -158,6 +166,12 @@ func run(ctx context.Context, hup <-chan os.Signal, args []string, stdout io.Wri
 		DisableGeneralOptionsHandler: true,
 		ErrorLog:                     stdlog.New(&s.refusals, "", 0),
 		ConnState:                    door.note,
+		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
+			if t, ok := conn.(*tls.Conn); ok {
+				conn = t.NetConn()
+			}
+			return context.WithValue(ctx, connKey{}, conn)
+		},
 	}
 	// HTTP/2 would carry many streams in one connection, and what is said here of connections, slow
 	// clients and deadlines would not hold.

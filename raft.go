@@ -334,6 +334,7 @@ func (n *raftNode) watchLeadership() error {
 				n.quietTo(before)
 				n.led.Store(term)
 				n.log.Info("leading", "term", term, "revision", n.store.at().rev)
+				n.tasks.Go(n.unstageOthers)
 			}
 		}
 	}
@@ -399,11 +400,16 @@ func (n *raftNode) term() uint64 {
 
 // propose fills in who asks and proposes the command.
 func (s *server) propose(c *call, cmd *command) (*result, error) {
+	return s.proposeUntil(c, cmd, c.deadline())
+}
+
+// proposeUntil is propose with a deadline of its own.
+func (s *server) proposeUntil(c *call, cmd *command, deadline time.Time) (*result, error) {
 	if grows(cmd) && s.node.disk.lowForLeader() {
 		return nil, errNoSpace.because("the leader's disk is nearly full: free some space or raise the volume; deletes still work")
 	}
 	cmd.Actor, cmd.Source, cmd.ID = c.who.principal, c.source(), c.id
-	res, err := s.node.propose(cmd, c.deadline())
+	res, err := s.node.propose(cmd, deadline)
 	if res != nil {
 		c.sawRevision(max(res.rev, s.store.at().rev))
 	}
@@ -415,7 +421,7 @@ func (s *server) propose(c *call, cmd *command) (*result, error) {
 
 // grows reports whether a command adds anything but the events of what it removes.
 func grows(cmd *command) bool {
-	return cmd.Op != "drop" && (cmd.Op == "describe" || slices.ContainsFunc(cmd.Changes, func(c change) bool { return c.Value != nil }))
+	return cmd.Op != "drop" && (cmd.Op == "describe" || cmd.Restore != nil || slices.ContainsFunc(cmd.Changes, func(c change) bool { return c.Value != nil }))
 }
 
 // handOver gives leadership away, if this node has it and another can take it. The error, which the

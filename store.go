@@ -38,6 +38,8 @@ import (
 //	namespaces  ns[]          crc[4] flags[1] keys[8] rev[8] place[10] meta[], JSON of nsMeta
 //	trail       rev[8] n[2]   crc[4] place[10] k[1] place[10]*k event[], JSON
 //	members     id[]          crc[4] JSON of nodeRecord
+//	meta        "restores"    crc[4] place[10]* of the events store.restore, oldest first; or none
+//	staging                   see bucketStaging
 //
 // A file of an earlier confman has no bucket members; it is made when the file is opened.
 //
@@ -78,6 +80,8 @@ type store struct {
 	applied bell                     // rung after each commit
 	joined  bell                     // rung after each commit that changed bucket members
 	watches watches                  // who waits for one thing to change
+
+	allow func(time.Duration) // see batch; Apply's goroutine alone
 }
 
 const storeFormat = 1
@@ -199,7 +203,7 @@ func checkEntries(tx *bbolt.Tx) error {
 
 // removeTemporary removes what a process that was killed in the middle left behind.
 func removeTemporary(dir string) error {
-	for _, name := range []string{"state.db.restore", "state.mark.tmp"} {
+	for _, name := range []string{"state.db.restore", "state.mark.tmp", spoolName} {
 		if err := os.Remove(dir + "/" + name); err != nil && !os.IsNotExist(err) {
 			return err
 		}
@@ -318,46 +322,52 @@ func viewed(db *bbolt.DB, f func(*bbolt.Tx) error) error {
 }
 
 // readPosition reads the meta bucket and checks the format.
-func readPosition(db *bbolt.DB) (*position, error) {
-	pos := &position{}
-	err := viewed(db, func(tx *bbolt.Tx) error {
-		meta := tx.Bucket(bucketMeta)
-		if meta == nil {
-			return errors.New("not a state file: no bucket meta")
-		}
-		f := meta.Get([]byte("format"))
-		if len(f) != 4 || binary.BigEndian.Uint32(f) != storeFormat {
-			return fmt.Errorf("format %x, this confman reads %d: written by a newer one?", f, storeFormat)
-		}
-		var hash []byte
-		for _, m := range []struct {
-			name string
-			set  func(v []byte)
-			size int
-		}{
-			{"applied", func(v []byte) { pos.index = binary.BigEndian.Uint64(v) }, 8},
-			{"revision", func(v []byte) { pos.rev = binary.BigEndian.Uint64(v) }, 8},
-			{"time", func(v []byte) { pos.nanos = int64(binary.BigEndian.Uint64(v)) }, 8},
-			{"hash", func(v []byte) { hash = v }, 32},
-		} {
-			k := []byte(m.name)
-			rec := meta.Get(k)
-			if rec == nil {
-				continue // nothing has been applied yet
-			}
-			v, err := unseal(bucketMeta, k, rec)
-			if err == nil && len(v) != m.size {
-				err = fmt.Errorf("state.db: bucket meta, key %q: %w", k, errCorrupt)
-			}
-			if err != nil {
-				return err
-			}
-			m.set(v)
-		}
-		copy(pos.hash[:], hash)
-		return checkTail(tx, pos)
+func readPosition(db *bbolt.DB) (pos *position, err error) {
+	err = viewed(db, func(tx *bbolt.Tx) (err error) {
+		pos, err = positionOf(tx)
+		return err
 	})
 	return pos, err
+}
+
+// positionOf is readPosition in a transaction.
+func positionOf(tx *bbolt.Tx) (*position, error) {
+	pos := &position{}
+	meta := tx.Bucket(bucketMeta)
+	if meta == nil {
+		return nil, errors.New("not a state file: no bucket meta")
+	}
+	f := meta.Get([]byte("format"))
+	if len(f) != 4 || binary.BigEndian.Uint32(f) != storeFormat {
+		return nil, fmt.Errorf("format %x, this confman reads %d: written by a newer one?", f, storeFormat)
+	}
+	var hash []byte
+	for _, m := range []struct {
+		name string
+		set  func(v []byte)
+		size int
+	}{
+		{"applied", func(v []byte) { pos.index = binary.BigEndian.Uint64(v) }, 8},
+		{"revision", func(v []byte) { pos.rev = binary.BigEndian.Uint64(v) }, 8},
+		{"time", func(v []byte) { pos.nanos = int64(binary.BigEndian.Uint64(v)) }, 8},
+		{"hash", func(v []byte) { hash = v }, 32},
+	} {
+		k := []byte(m.name)
+		rec := meta.Get(k)
+		if rec == nil {
+			continue // nothing has been applied yet
+		}
+		v, err := unseal(bucketMeta, k, rec)
+		if err == nil && len(v) != m.size {
+			err = fmt.Errorf("state.db: bucket meta, key %q: %w", k, errCorrupt)
+		}
+		if err != nil {
+			return nil, err
+		}
+		m.set(v)
+	}
+	copy(pos.hash[:], hash)
+	return pos, checkTail(tx, pos)
 }
 
 // storedRevision is the store's revision as the transaction sees it.
@@ -469,8 +479,12 @@ func checkRecords(tx *bbolt.Tx) (err error) {
 			err = fmt.Errorf("state.db: %v: %w", p, errCorrupt)
 		}
 	}()
-	for _, name := range [][]byte{bucketConfig, bucketNamespaces, bucketTrail, bucketMembers} {
-		err := tx.Bucket(name).ForEach(func(k, rec []byte) error {
+	for _, name := range [][]byte{bucketConfig, bucketNamespaces, bucketTrail, bucketMembers, bucketStaging} {
+		b := tx.Bucket(name)
+		if b == nil && (bytes.Equal(name, bucketStaging) || bytes.Equal(name, bucketMembers)) {
+			continue // of a restore that is under way, and none in a backup by an earlier confman
+		}
+		err := b.ForEach(func(k, rec []byte) error {
 			_, err := unseal(name, k, rec)
 			return err
 		})

@@ -245,6 +245,18 @@ func (s *server) stream(c *call, ns string) error {
 			return errBehind.because("this node has not applied revision %d in time; it is at %d", pos.rev, s.store.at().rev)
 		}
 	}
+	if given {
+		err := s.store.view(func(tx *bbolt.Tx) error {
+			gap, err := inGap(tx, pos.rev)
+			if gap {
+				err = errGone.because("revision %d is of the cluster before the backup that this one was made from; begin without an id", pos.rev)
+			}
+			return err
+		})
+		if err != nil {
+			return err
+		}
+	}
 	bell := s.watches.add(ns)
 	defer s.watches.remove(ns, bell)
 	if !given {
@@ -391,7 +403,11 @@ func (s *server) collect(ns string, pos place, filter eventFilter, buf *[]byte) 
 			if err != nil {
 				return err
 			}
-			if n == nil || !pos.before(n.last) {
+			restore, err := lastRestore(tx, endOf(math.MaxUint64))
+			if err != nil {
+				return err
+			}
+			if n == nil || !pos.before(n.last) && !pos.before(restore) {
 				if rev := storedRevision(tx); pos.rev < rev {
 					pos = endOf(rev)
 				}
