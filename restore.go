@@ -440,7 +440,7 @@ func (s *server) putBackup(c *call) error {
 	http.NewResponseController(c.w).SetReadDeadline(time.Time{})
 
 	r := &restoring{ID: rand.Text()}
-	err = viewed(db, func(tx *bbolt.Tx) error { return s.stageAll(c, tx, r) })
+	err = viewed(db, func(tx *bbolt.Tx) error { return r.inParts(tx, func() error { return s.sendPart(c, r) }) })
 	if err == nil {
 		err = c.stillAllowed()
 	}
@@ -468,22 +468,29 @@ func cmpErr(a, b error) error {
 	return b
 }
 
-// stageAll proposes the entries and namespaces that tx sees, part by part, and leaves the number of parts
-// in r. Whatever happens to a part, the restore is not made.
-func (s *server) stageAll(c *call, tx *bbolt.Tx, r *restoring) error {
+// sendPart proposes a part of a restore. Whatever becomes of it, the restore is not made.
+func (s *server) sendPart(c *call, r *restoring) error {
+	switch err := c.r.Context().Err(); {
+	case s.stopping.Load() != serving:
+		return errUnavailable.because("this node is shutting down; send the backup again, here or to another node")
+	case err != nil:
+		return errClosed.because("%v", err)
+	}
+	part := *r // a command that was given up may be read still
+	_, err := s.proposeUntil(c, &command{Op: "stage", Restore: &part}, time.Now().Add(s.cfg.requestTimeout()))
+	if errors.Is(err, errUnknown) {
+		err = &problem{kind: errUnavailable, cause: err,
+			detail: "no majority took a part of the backup in time; nothing has changed, send it again"}
+	}
+	return err
+}
+
+// inParts sends the entries and namespaces that tx sees, part by part: r is the part when send is called,
+// and in the end says how many there were.
+func (r *restoring) inParts(tx *bbolt.Tx, send func() error) error {
 	size := 0
 	flush := func() error {
-		switch err := c.r.Context().Err(); {
-		case s.stopping.Load() != serving:
-			return errUnavailable.because("this node is shutting down; send the backup again, here or to another node")
-		case err != nil:
-			return errClosed.because("%v", err)
-		}
-		_, err := s.proposeUntil(c, &command{Op: "stage", Restore: r}, time.Now().Add(s.cfg.requestTimeout()))
-		if errors.Is(err, errUnknown) {
-			err = &problem{kind: errUnavailable, cause: err,
-				detail: "no majority took a part of the backup in time; nothing has changed, send it again"}
-		}
+		err := send()
 		r.Part++
 		r.Entries, r.Spaces, size = nil, nil, 0
 		return err
