@@ -548,6 +548,11 @@ func seek(cur *bbolt.Cursor, bucket, from []byte) (k, rec []byte, err error) {
 	}
 	var before, brec []byte
 	if k == nil {
+		// While a transaction has removed all records, and they were more than a page had, bbolt's Last
+		// never comes to an end.
+		if first, _ := cur.First(); first == nil {
+			return nil, nil, nil
+		}
 		before, brec = cur.Last()
 	} else if _, err = unseal(bucket, k, rec); err == nil {
 		before, brec = cur.Prev()

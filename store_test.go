@@ -949,6 +949,34 @@ func TestGrowsUnderReader(t *testing.T) {
 	w.check()
 }
 
+// TestAllDeleted: a transaction that removes every key, of many pages, goes on.
+func TestAllDeleted(t *testing.T) {
+	t.Parallel()
+	w := newWriter(t, t.TempDir())
+	value, all, none := strings.Repeat("v", 100), &command{Op: "patch", NS: "app"}, &command{Op: "patch", NS: "app"}
+	for i := range 1000 {
+		key := fmt.Sprintf("k%03d", i)
+		all.Changes = append(all.Changes, change{Key: key, Value: &value, Type: "string"})
+		none.Changes = append(none.Changes, change{Key: key})
+	}
+	w.apply(all)
+	logs := w.entries(none, set("app", "zzz", "v"))
+	applied := make(chan error, 1)
+	go func() {
+		_, err := w.st.apply(logs)
+		applied <- err
+	}()
+	select {
+	case err := <-applied:
+		if err != nil {
+			t.Fatal(err)
+		}
+	case <-time.After(limit(20 * time.Second)): // for milliseconds of work
+		panic("the transaction does not end") // nor would the test
+	}
+	w.check()
+}
+
 // TestStateV1: a state file that an earlier confman wrote, a snapshot in fact, is read,
 // can be written to, and is still what the same commands make. go test -run StateV1
 // -update writes the file; a format that was released is never written anew.
