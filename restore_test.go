@@ -238,11 +238,7 @@ func restoreNewCluster(t *testing.T, file string, b []byte) {
 	if e := n3.put(t, "app", "k", "after"); e.Revision != 1_000_000_005 || e.Version != 2 {
 		t.Errorf("a write makes %+v", e)
 	}
-	n1.kill() // two are left, and have votes
-	c.leader().put(t, "app", "k", "later")
 	n3.verified(t)
-	n1.start()
-	c.ready()
 }
 
 // TestSlowBackup: while clients take backups at 10 KB/s, writes take at most twice as long, and what they
