@@ -63,7 +63,7 @@ func parseBackupHeader(line string) (h backupHeader, err error) {
 	fmt.Sscanf(line, "confman-backup 1 revision=%d hash=%x size=%d sha256=%x\n", &h.revision, &hash, &h.size, &sum)
 	copy(h.hash[:], hash)
 	copy(h.sum[:], sum)
-	if h.line() != line {
+	if h.line() != line || h.revision > 1<<62 { // what begins above it must have numbers left
 		return h, errInvalidValue.because("the first line of the backup is damaged")
 	}
 	return h, nil
@@ -88,8 +88,9 @@ const (
 type spool struct {
 	f    *os.File
 	n    int64
-	sum  hash.Hash // of what is written
-	rate int64     // bytes a second; 0 for as fast as it goes
+	sum  hash.Hash    // of what is written
+	rate int64        // bytes a second; 0 for as fast as it goes
+	stop func() error // asked now and then; an error ends the writing
 
 	began  time.Time
 	synced int64
@@ -145,6 +146,11 @@ func (s *spool) Write(b []byte) (int, error) {
 		// Advice, not a promise: nobody needs the spool after a crash.
 		unix.SyncFileRange(int(s.f.Fd()), s.synced, s.n-s.synced, unix.SYNC_FILE_RANGE_WAIT_BEFORE|unix.SYNC_FILE_RANGE_WRITE|unix.SYNC_FILE_RANGE_WAIT_AFTER)
 		s.synced = s.n
+		if s.stop != nil {
+			if err := s.stop(); err != nil {
+				return n, err
+			}
+		}
 		if s.rate > 0 {
 			time.Sleep(time.Until(s.began.Add(time.Duration(s.n) * time.Second / time.Duration(s.rate)))) // the rate
 		}
@@ -176,6 +182,17 @@ func (s *server) getBackup(c *call) error {
 		disposition(s.store.at().rev)
 		return c.sendNothing(http.StatusOK)
 	}
+	// ended says why nobody needs the backup any more.
+	ended := func() error {
+		select {
+		case <-s.ending:
+			return errUnavailable.because("this node is shutting down; use another node")
+		case <-c.r.Context().Done():
+			return errClosed.because("the client went away")
+		default:
+			return c.stillAllowed()
+		}
+	}
 	var head backupHeader
 	var sp *spool
 	err := s.store.view(func(tx *bbolt.Tx) (err error) {
@@ -192,7 +209,7 @@ func (s *server) getBackup(c *call) error {
 		if sp, err = newSpool(s.node.dir, tx.Size(), floor); err != nil {
 			return err
 		}
-		sp.rate = backupRate
+		sp.rate, sp.stop = backupRate, ended
 		head, err = writeBackup(tx, sp)
 		return err
 	})
@@ -220,13 +237,8 @@ func (s *server) getBackup(c *call) error {
 		if err != nil {
 			return err
 		}
-		if err := c.stillAllowed(); err != nil {
+		if err := ended(); err != nil {
 			return err
-		}
-		select {
-		case <-s.ending:
-			return errClosed.because("the node stops")
-		default:
 		}
 		rc.SetWriteDeadline(time.Now().Add(writeTime))
 		if err := c.write(b[:n]); err != nil {

@@ -194,6 +194,9 @@ func configure(args []string) (*config, error) {
 		// Nobody has it: the only node calls nobody, and others of this machine reach its Raft port too.
 		c.secrets = []secret{newSecret()}
 	}
+	if c.join && *restore != "" {
+		return nil, mistaken("-restore begins a cluster and -join does not; leave one out")
+	}
 	c.args, c.file, c.format, c.restore = args, *file, *format, *restore
 	c.Storage.DataPath = cmp.Or(*data, c.Storage.DataPath)
 	return c, nil
