@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/rand"
 	"encoding/binary"
 	"encoding/json"
@@ -61,8 +62,8 @@ var (
 )
 
 const (
-	stagedKey   = 'e'
-	stagedSpare = 'n'
+	stagedKey       = 'e'
+	stagedNamespace = 'n'
 	// stagedBytes is about how much a part has, but for one that holds a single large value. Other writes
 	// wait for one part at most.
 	stagedBytes = 256 << 10
@@ -110,7 +111,7 @@ func (b *batch) stage(c *command) (*result, error) {
 	}
 	for _, s := range p.Spaces {
 		rec, jerr := json.Marshal(s.Meta)
-		err = errors.Join(err, jerr, put(append([]byte{stagedSpare}, s.NS...), append(make([]byte, 4), rec...)))
+		err = errors.Join(err, jerr, put(append([]byte{stagedNamespace}, s.NS...), append(make([]byte, 4), rec...)))
 	}
 	how := append(binary.BigEndian.AppendUint64(make([]byte, 4), p.Part+1), p.ID...)
 	return &result{rev: b.pos.rev}, errors.Join(err, put(stagedHow, how))
@@ -297,7 +298,7 @@ func (b *batch) spaceDifferences() (map[string]*namespace, error) {
 	differ, there := map[string]*namespace{}, b.tx.Bucket(bucketStaging)
 	err := b.tx.Bucket(bucketNamespaces).ForEach(func(k, rec []byte) error {
 		n, err := parseNamespace(k, rec)
-		if err != nil || n.deleted || there.Get(append([]byte{stagedSpare}, k...)) != nil {
+		if err != nil || n.deleted || there.Get(append([]byte{stagedNamespace}, k...)) != nil {
 			return err
 		}
 		n.deleted = true
@@ -308,7 +309,7 @@ func (b *batch) spaceDifferences() (map[string]*namespace, error) {
 		return nil, err
 	}
 	cur := there.Cursor()
-	for k, rec := cur.Seek([]byte{stagedSpare}); k != nil && k[0] == stagedSpare; k, rec = cur.Next() {
+	for k, rec := cur.Seek([]byte{stagedNamespace}); k != nil && k[0] == stagedNamespace; k, rec = cur.Next() {
 		text, err := unseal(bucketStaging, k, rec)
 		if err != nil {
 			return nil, err
@@ -421,7 +422,7 @@ func (s *server) putBackup(c *call) error {
 		return errUnsupportedMediaType.because("Content-Encoding is not supported; send the backup as it is")
 	}
 	if cond, err := conditionOf(c.r); err != nil || cond.given() {
-		return cmpErr(err, errBadRequest.because("a restore takes no conditions; leave If-Match and If-None-Match out"))
+		return cmp.Or(err, errBadRequest.because("a restore takes no conditions; leave If-Match and If-None-Match out"))
 	}
 	if !s.restoring.CompareAndSwap(false, true) {
 		return errConflict.because("another restore is under way; wait for its end")
@@ -458,14 +459,6 @@ func (s *server) putBackup(c *call) error {
 		return err
 	}
 	return c.sendJSON(http.StatusOK, fmt.Appendf(nil, `{"revision":%d,"changed":%d}`, res.rev, res.changed))
-}
-
-// cmpErr is the first of two errors that is one.
-func cmpErr(a, b error) error {
-	if a != nil {
-		return a
-	}
-	return b
 }
 
 // sendPart proposes a part of a restore. Whatever becomes of it, the restore is not made.
@@ -566,7 +559,7 @@ const unfinished = "restoring"
 // checkFinished refuses a directory that -restore has begun and not finished.
 func checkFinished(dir string) error {
 	if _, err := os.Stat(filepath.Join(dir, unfinished)); !os.IsNotExist(err) {
-		return cmpErr(err, fmt.Errorf("a restore into %s did not come to its end: run confman -restore again", dir))
+		return cmp.Or(err, fmt.Errorf("a restore into %s did not come to its end: run confman -restore again", dir))
 	}
 	return nil
 }
