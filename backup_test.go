@@ -576,6 +576,18 @@ func TestSpoolRoom(t *testing.T) {
 	}
 }
 
+// TestTooManyBackups: a node that sends as many backups as it may refuses one more.
+func TestTooManyBackups(t *testing.T) {
+	t.Parallel()
+	s := newReader(t, newWriter(t, t.TempDir()))
+	for range maxBackups {
+		s.backups <- struct{}{}
+	}
+	if a := read(s, "/api/v1/backup?stale"); a.status != 429 || a.header.Get("Retry-After") == "" {
+		t.Error(a)
+	}
+}
+
 // FuzzBackup: bytes laid over the pages of a backup, whose checksum is made to fit, are refused or read.
 func FuzzBackup(f *testing.F) {
 	w := newWriter(f, f.TempDir())

@@ -109,6 +109,25 @@ func TestRestore(t *testing.T) {
 		t.Errorf("what is refused moves the revision from %d to %d", was, now)
 	}
 
+	// One that is on its way keeps others out until its client is gone.
+	slow := newPending(t, leader)
+	if _, err := fmt.Fprintf(slow.conn, "PUT /api/v1/backup HTTP/1.1\r\nHost: test\r\nX-API-Key: %s\r\nContent-Length: %d\r\n\r\n%s", adminKey, len(b), b[:len(b)-1]); err != nil {
+		t.Fatal(err)
+	}
+	until(t, 10*time.Second, func() error {
+		if a := leader.ask(t, "PUT", "/api/v1/backup", ""); a.status != http.StatusConflict {
+			return fmt.Errorf("a second restore is answered %v", a)
+		}
+		return nil
+	})
+	slow.conn.Close()
+	until(t, 10*time.Second, func() error {
+		if a := leader.ask(t, "PUT", "/api/v1/backup", ""); a.status != http.StatusUnprocessableEntity {
+			return fmt.Errorf("when the first has gone away: %v", a)
+		}
+		return nil
+	})
+
 	var streams []*stream
 	for _, ns := range []string{"app", "else", ""} {
 		s, a, err := openStream(follower, ns, "")
