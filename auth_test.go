@@ -72,6 +72,7 @@ var matrix = []struct {
 	{"PUT", "/api/v1/cluster/nodes/{id}", "1111 3+ 33 33", "/api/v1/cluster/nodes/none", "{}", 400},
 	{"DELETE", "/api/v1/cluster/nodes/{id}", "1111 3+ 33 33", "/api/v1/cluster/nodes/none", "", 404},
 	{"POST", "/api/v1/cluster/leader", "1111 3+ 33 33", "/api/v1/cluster/leader", `{"node":"none"}`, 404},
+	{"GET", "/metrics", "1111 ++ ++ ++", "/metrics", "", 200},
 	{"GET", "/health", "++++ ++ ++ ++", "/health", "", 200},
 	{"GET", "/health/ready", "++++ ++ ++ ++", "/health/ready", "", 200},
 	{"DELETE", "/api/v1/config/{ns}/{key...}", "1111 3+ 33 +3", "/api/v1/config/NS/db/WHO", "", 204},

@@ -78,6 +78,8 @@ type store struct {
 	applied bell                     // rung after each commit
 	joined  bell                     // rung after each commit that changed bucket members
 	watches watches                  // who waits for one thing to change
+
+	applying histogram // transactions that applied something
 }
 
 const storeFormat = 1
