@@ -227,6 +227,9 @@ func TestMetrics(t *testing.T) {
 				return fmt.Errorf("the lag of %s is %v", n.id, lag)
 			}
 		}
+		if m["raft_leader_last_contact"] == nil {
+			return errors.New("raft has not yet looked whom it has reached")
+		}
 		return nil
 	})
 	m.want(t, float64(st.Revision), "confman_revision")
