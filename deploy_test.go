@@ -481,7 +481,7 @@ func TestPrometheus(t *testing.T) {
 	long(t)
 	needs(t, "prometheus", "promtool")
 	t.Parallel()
-	c := startCluster(t, 3, with("Cluster", "Forward", true))
+	c := startCluster(t, 3, calm, with("Cluster", "Forward", true))
 
 	over := make(chan struct{})
 	var load sync.WaitGroup
