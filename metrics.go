@@ -129,7 +129,7 @@ func (n *raftNode) lags(ctx context.Context) map[string]uint64 {
 	defer cancel()
 	var asked sync.WaitGroup
 	lags := map[string]uint64{}
-	for _, m := range r.GetConfiguration().Configuration().Servers {
+	for _, m := range n.servers() {
 		id := string(m.ID)
 		if id == n.id {
 			continue
@@ -329,6 +329,7 @@ func respell(f *dto.MetricFamily) {
 
 // metrics answers in Prometheus' text format, whether the node is ready or not.
 func (s *server) metrics(c *call) error {
+	c.waited = true // for a node that says nothing
 	now, err := s.scrape(c.r.Context())
 	if err != nil {
 		return err
