@@ -90,20 +90,20 @@ func newDisk(dir string, floor uint64, log *slog.Logger, halt func(error)) *disk
 // allFree is what is free where the system cannot say.
 const allFree = 1 << 62
 
-// look reads how much is free, and how large the files are.
+// look reads how large the files are, and last, because refusals follow from it, how much is free.
 func (d *disk) look() {
-	var st syscall.Statfs_t
-	if err := syscall.Statfs(d.dir, &st); err != nil {
-		d.free.Store(allFree)
-		return
-	}
-	d.free.Store(st.Bavail * uint64(st.Bsize))
 	for name, size := range map[string]*atomic.Uint64{"state.db": &d.state, "raft.db": &d.raft} {
 		if info, err := os.Stat(filepath.Join(d.dir, name)); err == nil {
 			size.Store(uint64(info.Size()))
 		}
 	}
 	d.lookAtSnapshots()
+	var st syscall.Statfs_t
+	if err := syscall.Statfs(d.dir, &st); err != nil {
+		d.free.Store(allFree)
+		return
+	}
+	d.free.Store(st.Bavail * uint64(st.Bsize))
 }
 
 // lookAtSnapshots is part of look. What it cannot read it passes over: a snapshot may go meanwhile.
