@@ -74,6 +74,7 @@ var matrix = []struct {
 	{"POST", "/api/v1/cluster/leader", "1111 3+ 33 33", "/api/v1/cluster/leader", `{"node":"none"}`, 404},
 	{"GET", "/api/v1/backup", "1111 3+ 33 33", "/api/v1/backup", "", 200},
 	{"PUT", "/api/v1/backup", "1111 3+ 33 33", "/api/v1/backup", "no backup", 422},
+	{"GET", "/metrics", "1111 ++ ++ ++", "/metrics", "", 200},
 	{"GET", "/health", "++++ ++ ++ ++", "/health", "", 200},
 	{"GET", "/health/ready", "++++ ++ ++ ++", "/health/ready", "", 200},
 	{"DELETE", "/api/v1/config/{ns}/{key...}", "1111 3+ 33 +3", "/api/v1/config/NS/db/WHO", "", 204},

@@ -175,7 +175,7 @@ var errEntry = errors.New("not a command that this confman knows")
 // then as it was before.
 func (s *store) apply(logs []*raft.Log) ([]any, error) {
 	out := make([]any, len(logs))
-	old := s.at()
+	old, start := s.at(), time.Now()
 	b := &batch{pos: *old, namespaces: map[string]*namespace{}, allow: s.allow}
 	err := s.db.Update(func(tx *bbolt.Tx) error {
 		b.open(tx)
@@ -209,6 +209,7 @@ func (s *store) apply(logs []*raft.Log) ([]any, error) {
 	if b.pos.index != old.index {
 		s.pos.Store(&b.pos)
 		s.applied.ring()
+		s.applying.observe(time.Since(start))
 	}
 	if b.joined {
 		s.joined.ring()

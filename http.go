@@ -43,6 +43,10 @@ type server struct {
 	restoring atomic.Bool   // one is read or staged
 	crowd     crowd
 	refusals  refusals
+	tallies   map[*route]*tally
+	unknown   atomic.Uint64 // writes that were answered with an unknown outcome
+	census    census
+	door      *gate // nil where nobody listens
 }
 
 // The stages of a shutdown.
@@ -87,6 +91,7 @@ func (s *server) routes() []route {
 		{"POST", "/api/v1/cluster/leader", admin, wholeStore, "", s.moveLeader},
 		{"GET", "/api/v1/backup", admin, wholeStore, strings.TrimSpace(reads), s.getBackup},
 		{"PUT", "/api/v1/backup", admin, wholeStore, "", s.putBackup},
+		{"GET", "/metrics", reader, noNamespace, "", s.metrics},
 		{"GET", "/health", public, noNamespace, "", s.health},
 		{"GET", "/health/ready", public, noNamespace, "", s.ready},
 	}
@@ -98,12 +103,15 @@ func newServer(cfg *config, st *store, n *raftNode, log *slog.Logger) *server {
 		refusals: refusals{log: log, most: cfg.Limits.AuthFailuresPerMinute}}
 	s.auth.Store(newAuth(cfg.Auth.ApiKeys, nil))
 	methods := map[string]map[string]*route{}
+	var all []*route
 	for _, rt := range s.routes() {
+		all = append(all, &rt)
 		if methods[rt.pattern] == nil {
 			methods[rt.pattern] = map[string]*route{}
 		}
 		methods[rt.pattern][rt.method] = &rt
 	}
+	s.tallies = newTallies(all)
 	for pattern, m := range methods {
 		allowed := slices.Collect(maps.Keys(m))
 		if m["GET"] != nil {
@@ -598,7 +606,7 @@ func (c *call) sendNothing(status int) error {
 }
 
 // finish is the only place where an error becomes a response and the only place where
-// a request is logged.
+// a request is logged and counted.
 func (c *call) finish(err error) {
 	if err == nil {
 		c.observe(cmp.Or(c.w.status, http.StatusOK), nil)
@@ -655,9 +663,10 @@ func (c *call) finish(err error) {
 // slow is from when on a read that went well is worth a line in the log.
 const slow = 100 * time.Millisecond
 
-// observe logs a request: writes, refusals, errors and slow ones at Info.
+// observe counts a request and logs it: writes, refusals, errors and slow ones at Info.
 func (c *call) observe(status int, err error) {
 	took := time.Since(c.start)
+	c.s.count(c, status, took, err)
 	level := slog.LevelDebug
 	switch {
 	case err != nil && problemOf(err).kind == errInternal:

@@ -155,6 +155,7 @@ func run(ctx context.Context, hup <-chan os.Signal, args []string, stdout io.Wri
 
 	s := newServer(cfg, st, n, log)
 	door := newGate(api, cfg.connections(log))
+	s.door = door
 	srv := &http.Server{
 		Handler:           s,
 		ReadHeaderTimeout: 5 * time.Second,

@@ -81,7 +81,8 @@ type store struct {
 	joined  bell                     // rung after each commit that changed bucket members
 	watches watches                  // who waits for one thing to change
 
-	allow func(time.Duration) // see batch; Apply's goroutine alone
+	allow    func(time.Duration) // see batch; Apply's goroutine alone
+	applying histogram           // transactions that applied something
 }
 
 const storeFormat = 1
