@@ -402,12 +402,14 @@ func checkForms(tx *bbolt.Tx) error {
 	})
 }
 
-// checkChain checks the whole trail: the hashes, and that no event is missing.
+// checkChain checks the whole trail, from the cut on: the hashes, and that no event is missing.
 func checkChain(tx *bbolt.Tx) error {
-	var at place
-	var hash [32]byte
-	first := true
-	err := tx.Bucket(bucketTrail).ForEach(func(k, rec []byte) error {
+	c, err := storedCut(tx)
+	if err != nil {
+		return err
+	}
+	at, hash := c.at, c.hash
+	err = tx.Bucket(bucketTrail).ForEach(func(k, rec []byte) error {
 		if len(k) != 10 {
 			return fmt.Errorf("event %x: %w", k, errCorrupt)
 		}
@@ -416,12 +418,13 @@ func checkChain(tx *bbolt.Tx) error {
 			return err
 		}
 		here := placeAt(k)
-		// Of what the first event follows, if it is not the first that there was, nothing is left.
-		begins := first && here != place{1, 0} && !jumps(ev.json)
-		if !begins && (!at.leadsTo(here, jumps(ev.json)) || !follows(ev.json, here, hash)) {
+		if c.covers(here) {
+			return nil
+		}
+		if !at.leadsTo(here, jumps(ev.json)) || !follows(ev.json, here, hash) {
 			return fmt.Errorf("event %d-%d does not follow the one before it: %w", here.rev, here.n, errCorrupt)
 		}
-		at, hash, first = here, hashOf(ev.json), false
+		at, hash = here, hashOf(ev.json)
 		return nil
 	})
 	if err != nil {

@@ -52,6 +52,11 @@ type config struct {
 	Auth struct {
 		ApiKeys []apiKey
 	}
+	Audit struct {
+		// What is older than KeepDays, or not among the newest KeepEvents events, is trimmed from the
+		// trail; 0 is no limit. Of no effect but on the leader.
+		KeepDays, KeepEvents int
+	}
 	Tls struct {
 		Cert, Key string // files of the API's certificate chain and key, PEM; both empty: plain text
 	}
@@ -384,6 +389,9 @@ func (c *config) check() error {
 			return fmt.Errorf("Auth.ApiKeys[%d].Key: the same key as that of Auth.ApiKeys[%d]", i, j)
 		}
 		keys[digest] = i
+	}
+	if err := c.checkAudit(); err != nil {
+		return err
 	}
 	if err := c.checkLimits(); err != nil {
 		return err

@@ -368,22 +368,42 @@ func TestManualFollow(t *testing.T) {
 func TestManualVerify(t *testing.T) {
 	needs(t, "python3")
 	t.Parallel()
-	c := startCluster(t, 1)
+	c := startCluster(t, 1, func(doc map[string]any) { doc["Audit"] = map[string]any{"KeepEvents": 10} })
 	n := c.nodes[0]
 	for _, v := range []string{"plain", "\x01 \x7f \u2028 \\ \" ü 😀 </b>", "\t\n\r\b\f"} {
 		n.put(t, "app", "k/ü", v)
 	}
 	n.delete(t, "app", "k/ü")
 	n.write(t, "PUT", "/api/v1/namespaces/app", `{"description":"d"}`)
-	_, st, err := n.status()
-	if err != nil {
-		t.Fatal(err)
-	}
 	program := excerpt(t, "cat >/tmp/verify.py <<'END'\n", "\nEND\n")
-	out, err := exec.Command("python3", "-c", program, n.url+"/api/v1", adminKey).CombinedOutput()
-	if want := fmt.Sprintf("5 events, revision %d hash %s\n", st.Revision, st.Hash); err != nil || string(out) != want {
-		t.Errorf("%q, %v, want %q", out, err, want)
+	run := func(events int) {
+		t.Helper()
+		_, st, err := n.status()
+		if err != nil {
+			t.Fatal(err)
+		}
+		out, err := exec.Command("python3", "-c", program, n.url+"/api/v1", adminKey).CombinedOutput()
+		if want := fmt.Sprintf("%d events, revision %d hash %s\n", events, st.Revision, st.Hash); err != nil || string(out) != want {
+			t.Errorf("%q, %v, want %q", out, err, want)
+		}
 	}
+	run(5)
+	// And that of a trail that was trimmed.
+	body := `{"k0":0`
+	for k := range 600 {
+		body += fmt.Sprintf(`,"k%d":%d`, k+1, k)
+	}
+	n.write(t, "PATCH", "/api/v1/config/app", body+"}")
+	for v := range 10 {
+		n.put(t, "app", "k", fmt.Sprint(v))
+	}
+	until(t, limit(10*time.Second), func() error {
+		if trail := n.trail(t, ""); trail[len(trail)-1].Action != "audit.trim" {
+			return fmt.Errorf("of %d events the newest is %s", len(trail), trail[len(trail)-1].raw)
+		}
+		return nil
+	})
+	run(11)
 }
 
 // TestManualDrills runs the fire drills of the manual as they stand there, on the ports that they

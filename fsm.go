@@ -32,11 +32,12 @@ type command struct {
 	// leader knows by its file alone, of member and unmember.
 	Node   *nodeRecord  `json:"node,omitempty"`
 	Known  []nodeRecord `json:"known,omitempty"`
-	If     condition    `json:"if,omitzero"` // checked when applied, never before
-	Actor  string       `json:"actor"`       // the principal, never the key
-	Source string       `json:"source"`      // the client's IP address
-	ID     string       `json:"id"`          // the correlation id
-	At     int64        `json:"at"`          // the leader's clock, nanoseconds since 1970
+	Trim   *trimming    `json:"trim,omitempty"` // of trim and sweep
+	If     condition    `json:"if,omitzero"`    // checked when applied, never before
+	Actor  string       `json:"actor"`          // the principal, never the key
+	Source string       `json:"source"`         // the client's IP address
+	ID     string       `json:"id"`             // the correlation id
+	At     int64        `json:"at"`             // the leader's clock, nanoseconds since 1970
 	// Until is when the leader gives the request up, by its clock, nanoseconds since 1970. raft
 	// notes when it appends an entry; one that was appended later changes nothing, so that whoever
 	// was told "unknown" knows after that time that the write is in the log or never will be.
@@ -206,6 +207,7 @@ func (s *store) apply(logs []*raft.Log) ([]any, error) {
 	if err != nil {
 		return nil, err
 	}
+	s.spare.Store(max(0, s.spare.Load()+b.freed))
 	if b.pos.index != old.index {
 		s.pos.Store(&b.pos)
 		s.applied.ring()
@@ -236,6 +238,7 @@ type batch struct {
 	everything    bool                // all that anybody waits for may have changed
 	allow         func(time.Duration) // see disk.watched; nil for nobody who watches
 	joined        bool                // a membership record changed
+	freed         int64               // bytes taken out of the trail, less those added
 }
 
 func (b *batch) open(tx *bbolt.Tx) {
@@ -270,6 +273,7 @@ func (b *batch) finish() error {
 		{"revision", binary.BigEndian.AppendUint64(nil, b.pos.rev)},
 		{"time", binary.BigEndian.AppendUint64(nil, uint64(b.pos.nanos))},
 		{"hash", b.pos.hash[:]},
+		{"events", binary.BigEndian.AppendUint64(binary.BigEndian.AppendUint64(nil, b.pos.events), b.pos.rev)},
 	} {
 		k := []byte(m.name)
 		if err := meta.Put(k, seal(k, append(make([]byte, 4, 36), m.value...))); err != nil {
@@ -318,6 +322,10 @@ func (b *batch) run(c *command) (*result, error) {
 			return b.lead(c)
 		}
 		return b.member(c)
+	case "trim":
+		return b.trim(c)
+	case "sweep":
+		return b.sweep(c)
 	}
 	if c.Restore != nil {
 		switch c.Op {

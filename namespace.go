@@ -102,17 +102,20 @@ func (n *namespace) appendTo(b []byte, path string) []byte {
 	return append(b, '}')
 }
 
-// namespaceCurrent says who changed a namespace last, by its newest event. Where the
-// trail has lost that event, only the revision is known.
+// namespaceCurrent says who changed a namespace last, by its newest event. Where that was
+// trimmed, only the revision is known.
 func namespaceCurrent(tx *bbolt.Tx, n *namespace) (*current, error) {
 	cur := &current{Revision: n.rev}
 	at := n.last
 	if at.rev < n.rev {
 		at = place{n.rev, 0} // a restore changed it
 	}
-	rec, ok, err := getEvent(tx, at)
-	if err != nil || !ok {
-		return cur, err
+	rec, err := namedEvent(tx, at)
+	if err == errTrimmed {
+		return cur, nil
+	}
+	if err != nil {
+		return nil, err
 	}
 	ev, err := rec.decode()
 	if err != nil {

@@ -290,6 +290,7 @@ func (n *raftNode) startRaft(newest uint64, servers []raft.Server, hlog hclog.Lo
 	n.tasks.Go(n.keepRoster)
 	n.tasks.Go(n.keepVoters)
 	n.tasks.Go(n.compareHashes)
+	n.tasks.Go(n.keepTrail)
 	return nil
 }
 

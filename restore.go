@@ -356,7 +356,7 @@ const actionRestore = "store.restore"
 
 var metaRestores = []byte("restores")
 
-// restorePlaces are the places of all such events that the trail holds, oldest first.
+// restorePlaces are the places of all such events that there were, oldest first.
 func restorePlaces(tx *bbolt.Tx) (places []place, err error) {
 	rec := tx.Bucket(bucketMeta).Get(metaRestores)
 	if rec == nil {
@@ -365,20 +365,22 @@ func restorePlaces(tx *bbolt.Tx) (places []place, err error) {
 	if rec, err = unseal(bucketMeta, metaRestores, rec); err != nil {
 		return nil, err
 	}
-	front, _ := tx.Bucket(bucketTrail).Cursor().First()
 	for at := range slices.Chunk(rec, 10) {
-		if front != nil && bytes.Compare(at, front) >= 0 {
-			places = append(places, placeAt(at))
-		}
+		places = append(places, placeAt(at))
 	}
 	return places, nil
 }
 
-// lastRestore is the place of the newest of them before or at p; the zero place if there is none.
+// lastRestore is the place of the newest of them before or at p that the trail has still; the zero place if
+// there is none.
 func lastRestore(tx *bbolt.Tx, p place) (place, error) {
 	places, err := restorePlaces(tx)
+	if err != nil {
+		return place{}, err
+	}
+	c, err := storedCut(tx)
 	for _, at := range slices.Backward(places) {
-		if !p.before(at) {
+		if !p.before(at) && !c.covers(at) {
 			return at, err
 		}
 	}
@@ -388,6 +390,9 @@ func lastRestore(tx *bbolt.Tx, p place) (place, error) {
 // inGap reports whether no event has revision rev because a cluster that was made from a backup has left
 // it out. Who names it has it from the cluster before, in which it may have been another change.
 func inGap(tx *bbolt.Tx, rev uint64) (bool, error) {
+	if c, err := storedCut(tx); err != nil || c.at.rev >= rev {
+		return false, err // resume decides
+	}
 	from := place{rev, 0}.appendTo(nil)
 	k, rec, err := seek(tx.Bucket(bucketTrail).Cursor(), bucketTrail, from)
 	if err != nil || k == nil || rev == 0 || placeAt(k).rev == rev {
@@ -676,7 +681,8 @@ func writeRestored(cfg *config, dir string, db *bbolt.DB, head backupHeader, c *
 	if pos, err = readPosition(fresh); err != nil {
 		return nil, counts, err
 	}
-	const index, term = 1, 1 // of the snapshot
+	counts[1] = int(pos.events) // some may have been trimmed, and not swept
+	const index, term = 1, 1    // of the snapshot
 	err = fresh.Update(func(tx *bbolt.Tx) error {
 		b := &batch{pos: *pos, namespaces: map[string]*namespace{}}
 		b.open(tx)

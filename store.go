@@ -29,11 +29,13 @@ import (
 // Values marked JSON are sent to clients as they stand.
 //
 //	bucket      key           value
-//	meta        "format"      version[4]; this text describes version 1
+//	meta        "format"      version[4]; this text describes versions 1, without "cut", and 2
 //	meta        "applied"     crc[4] index[8] of the last raft entry in this file
 //	meta        "revision"    crc[4] rev[8]
 //	meta        "time"        crc[4] nanoseconds[8] since 1970 of the newest event
 //	meta        "hash"        crc[4] SHA-256[32] of the newest event
+//	meta        "events"      crc[4] count[8] of events behind the cut, at rev[8]
+//	meta        "cut"         crc[4] place[10] and SHA-256[32] of the newest event that was trimmed
 //	config      ns[] 00 key[] crc[4] rev[8] version[8] k[1] place[10]*k entry[], JSON
 //	namespaces  ns[]          crc[4] flags[1] keys[8] rev[8] place[10] meta[], JSON of nsMeta
 //	trail       rev[8] n[2]   crc[4] place[10] k[1] place[10]*k event[], JSON
@@ -55,6 +57,10 @@ import (
 // divisible by 2^i, and the i-th of an event of version v (v divisible by 2^i) is
 // that of version v-2^i. So an earlier version is found in O(log n) lookups and
 // each change is stored once, at the end of the trail.
+//
+// What the trail holds up to the cut is not there for any reader: it is about to be deleted, see
+// retention.go. Places go on pointing to it. A program that knows version 1 only would take that for
+// damage, so the first cut makes the file one of version 2.
 //
 // For example, after key db.url of namespace billing is set for the first time,
 // as revision 258:
@@ -80,12 +86,16 @@ type store struct {
 	applied bell                     // rung after each commit
 	joined  bell                     // rung after each commit that changed bucket members
 	watches watches                  // who waits for one thing to change
+	spare   atomic.Int64             // see sweepAhead; set by Apply's goroutine alone
 
 	allow    func(time.Duration) // see batch; Apply's goroutine alone
 	applying histogram           // transactions that applied something
 }
 
-const storeFormat = 1
+const (
+	storeFormat   = 1 // of a file whose trail is whole
+	trimmedFormat = 2 // and of one that has a cut
+)
 
 var (
 	bucketMeta       = []byte("meta")
@@ -103,6 +113,9 @@ type position struct {
 	rev   uint64 // the store's revision; 0 before the first change
 	nanos int64  // time of the newest event, nanoseconds since 1970
 	hash  [32]byte
+
+	events uint64 // in the trail, behind the cut
+	cut    cut
 }
 
 // errCorrupt is wrapped by every error that says a stored record is not what was
@@ -339,10 +352,11 @@ func positionOf(tx *bbolt.Tx) (*position, error) {
 		return nil, errors.New("not a state file: no bucket meta")
 	}
 	f := meta.Get([]byte("format"))
-	if len(f) != 4 || binary.BigEndian.Uint32(f) != storeFormat {
-		return nil, fmt.Errorf("format %x, this confman reads %d: written by a newer one?", f, storeFormat)
+	if len(f) != 4 || binary.BigEndian.Uint32(f) < storeFormat || binary.BigEndian.Uint32(f) > trimmedFormat {
+		return nil, fmt.Errorf("format %x, this confman reads %d and %d: written by a newer one?", f, storeFormat, trimmedFormat)
 	}
 	var hash []byte
+	counted := uint64(0) // the revision at which events was right: a program that does not know it leaves it as it is
 	for _, m := range []struct {
 		name string
 		set  func(v []byte)
@@ -352,6 +366,8 @@ func positionOf(tx *bbolt.Tx) (*position, error) {
 		{"revision", func(v []byte) { pos.rev = binary.BigEndian.Uint64(v) }, 8},
 		{"time", func(v []byte) { pos.nanos = int64(binary.BigEndian.Uint64(v)) }, 8},
 		{"hash", func(v []byte) { hash = v }, 32},
+		{"events", func(v []byte) { pos.events, counted = binary.BigEndian.Uint64(v), binary.BigEndian.Uint64(v[8:]) }, 16},
+		{"cut", func(v []byte) { pos.cut = cutOf(v) }, cutSize},
 	} {
 		k := []byte(m.name)
 		rec := meta.Get(k)
@@ -368,6 +384,12 @@ func positionOf(tx *bbolt.Tx) (*position, error) {
 		m.set(v)
 	}
 	copy(pos.hash[:], hash)
+	if (pos.cut.at.rev > 0) != (binary.BigEndian.Uint32(f) == trimmedFormat) {
+		return nil, fmt.Errorf("state.db: format %x, and the trail is cut behind revision %d: %w", f, pos.cut.at.rev, errCorrupt)
+	}
+	if counted != pos.rev {
+		pos.events = countEvents(tx, pos.cut.at)
+	}
 	return pos, checkTail(tx, pos)
 }
 
@@ -620,11 +642,11 @@ func nextPlaces(old []byte, v uint64, here place) (event, entry []byte) {
 	return event, entry
 }
 
-// errTrimmed says that the trail no longer holds an event that was asked for.
+// errTrimmed says that the trail does not hold an event any more, as it is behind the cut.
 var errTrimmed = errors.New("trimmed")
 
 // findVersion returns the event that made version want of the entry's present
-// life, which must be one of 1 to e.version; errTrimmed where the trail has lost it.
+// life, which must be one of 1 to e.version; errTrimmed where it was trimmed.
 func findVersion(tx *bbolt.Tx, e entryRecord, want uint64) (eventRecord, error) {
 	version, places := e.version, e.places
 	fromEntry := true
@@ -643,12 +665,9 @@ func findVersion(tx *bbolt.Tx, e entryRecord, want uint64) (eventRecord, error) 
 		if best == 0 || at.rev == 0 {
 			return eventRecord{}, errTrimmed
 		}
-		ev, ok, err := getEvent(tx, at)
+		ev, err := namedEvent(tx, at)
 		if err != nil {
 			return ev, err
-		}
-		if !ok {
-			return ev, errTrimmed
 		}
 		if best == want {
 			return ev, nil

@@ -262,17 +262,21 @@ func (s *server) stream(c *call, ns string) error {
 	if !given {
 		pos = endOf(s.store.at().rev)
 	}
-	if ns != "" {
-		err := s.store.view(func(tx *bbolt.Tx) error {
-			n, err := getNamespace(tx, ns)
-			if err == nil && n == nil {
+	err = s.store.view(func(tx *bbolt.Tx) error {
+		var n *namespace
+		var err error
+		if ns != "" {
+			if n, err = getNamespace(tx, ns); err == nil && n == nil {
 				err = errNotFound.because("there is and was no namespace %s", ns)
 			}
-			return err
-		})
-		if err != nil {
-			return err
 		}
+		if err == nil {
+			pos, err = resume(tx, n, pos)
+		}
+		return err
+	})
+	if err != nil {
+		return err
 	}
 	if err := c.showStaleness(); err != nil {
 		return err
@@ -392,16 +396,23 @@ func (c *call) streamStart() (p place, given bool, err error) {
 func endOf(rev uint64) place { return place{rev, math.MaxUint16} }
 
 // collect appends the events behind pos to buf, as the stream sends them. It returns how
-// far it looked, and whether there is more to look at.
+// far it looked, and whether there is more to look at. A stream that the trail's cut has overtaken ends
+// with errGone.
 func (s *server) collect(ns string, pos place, filter eventFilter, buf *[]byte) (place, bool, error) {
 	more := false
 	err := s.store.view(func(tx *bbolt.Tx) error {
+		var n *namespace
+		var err error
 		if ns != "" {
 			// Where the namespace has nothing new, what others have changed since need not be
 			// looked at, now or later.
-			n, err := getNamespace(tx, ns)
-			if err != nil {
+			if n, err = getNamespace(tx, ns); err != nil {
 				return err
+			}
+			if n != nil {
+				if pos, err = resume(tx, n, pos); err != nil {
+					return err
+				}
 			}
 			restore, err := lastRestore(tx, endOf(math.MaxUint64))
 			if err != nil {
@@ -412,6 +423,11 @@ func (s *server) collect(ns string, pos place, filter eventFilter, buf *[]byte) 
 					pos = endOf(rev)
 				}
 				return nil
+			}
+		}
+		if ns == "" {
+			if pos, err = resume(tx, nil, pos); err != nil {
+				return err
 			}
 		}
 		cur := tx.Bucket(bucketTrail).Cursor()
