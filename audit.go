@@ -588,7 +588,7 @@ func newestFirst(tx *bbolt.Tx, ns string, from place, own *place) (func() (place
 // leadsTo reports whether q can be the next event behind p, or behind the revision of which p is the
 // end: no revision is without an event, but for those that the event at q jumps over.
 func (p place) leadsTo(q place, jump bool) bool {
-	return q.n > 0 && p == place{q.rev, q.n - 1} || q.n == 0 && (p.rev+1 == q.rev || jump && p.rev < q.rev)
+	return q.n > 0 && p == place{q.rev, q.n - 1} || q.n == 0 && (p.rev+1 == q.rev || jump && p.rev+restoreGap == q.rev)
 }
 
 // jumps reports whether an event, as stored, may leave out revisions in front of its own: a cluster that
