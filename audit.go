@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/binary"
@@ -18,7 +19,7 @@ import (
 	"go.etcd.io/bbolt"
 )
 
-// An event is one change as the audit trail keeps it, forever the same on every
+// An event is one change as the audit trail keeps it, always the same on every
 // node. Members that do not concern an action are empty, 0 or null, never missing.
 type event struct {
 	ID            string  `json:"id"` // <revision>-<index within it>
@@ -100,8 +101,12 @@ type eventRecord struct {
 	json   []byte
 }
 
-// getEvent finds the event at p; ok is false where the trail does not hold it.
+// getEvent finds the event at p; ok is false where the trail does not hold it, or not any more.
 func getEvent(tx *bbolt.Tx, p place) (e eventRecord, ok bool, err error) {
+	c, err := storedCut(tx)
+	if err != nil || c.covers(p) {
+		return e, false, err
+	}
 	k := p.appendTo(nil)
 	rec, err := lookup(tx, bucketTrail, k)
 	if err != nil || rec == nil {
@@ -109,6 +114,19 @@ func getEvent(tx *bbolt.Tx, p place) (e eventRecord, ok bool, err error) {
 	}
 	e, err = parseEvent(k, rec)
 	return e, err == nil, err
+}
+
+// namedEvent finds the event at p, which another record names, so it must be there: errTrimmed where it
+// was trimmed.
+func namedEvent(tx *bbolt.Tx, p place) (eventRecord, error) {
+	e, ok, err := getEvent(tx, p)
+	if err != nil || ok {
+		return e, err
+	}
+	if c, err := storedCut(tx); err != nil || c.covers(p) {
+		return e, cmp.Or(err, errTrimmed)
+	}
+	return e, fmt.Errorf("state.db: event %d-%d is not there: %w", p.rev, p.n, errCorrupt)
 }
 
 func parseEvent(k, rec []byte) (e eventRecord, err error) {
@@ -151,7 +169,8 @@ func follows(stored []byte, at place, prev [32]byte) bool {
 // tailLength is how many events checkTail looks at.
 const tailLength = 1000
 
-// checkTail checks that the trail ends where pos says, and that its last events follow each other.
+// checkTail checks that the trail ends where pos says, and that its last events follow each other, or
+// the cut.
 func checkTail(tx *bbolt.Tx, pos *position) error {
 	cur := tx.Bucket(bucketTrail).Cursor()
 	k, v := cur.Last()
@@ -163,9 +182,6 @@ func checkTail(tx *bbolt.Tx, pos *position) error {
 		return fmt.Errorf("the audit trail does not end at revision %d: %w", pos.rev, errCorrupt)
 	}
 	for range tailLength {
-		if k == nil {
-			return nil
-		}
 		at := placeAt(k)
 		ev, err := parseEvent(k, v)
 		if err != nil {
@@ -175,15 +191,20 @@ func checkTail(tx *bbolt.Tx, pos *position) error {
 			return fmt.Errorf("the audit trail's hash chain is broken behind event %d-%d: %w", at.rev, at.n, errCorrupt)
 		}
 		stored := ev.json
-		if k, v = cur.Prev(); k == nil {
-			return nil
+		k, v = cur.Prev()
+		first := k == nil || pos.cut.covers(placeAt(k))
+		if want = pos.cut.hash; !first {
+			before, err := parseEvent(k, v)
+			if err != nil {
+				return err
+			}
+			want = hashOf(before.json)
 		}
-		before, err := parseEvent(k, v)
-		if err != nil {
-			return err
-		}
-		if want = hashOf(before.json); !follows(stored, at, want) {
+		if !follows(stored, at, want) {
 			return fmt.Errorf("the audit trail's hash chain is broken at event %d-%d: %w", at.rev, at.n, errCorrupt)
+		}
+		if first {
+			break
 		}
 	}
 	return nil
@@ -200,7 +221,7 @@ type verification struct {
 	Detail string `json:"detail,omitempty"`
 }
 
-// verify recomputes the hash chain of the trail on this node, or of the revisions from
+// verify recomputes the hash chain of the trail on this node from the cut on, or of the revisions from
 // ?from to ?to.
 func (s *server) verify(c *call) error {
 	from, err := c.number("from", 0)
@@ -227,7 +248,7 @@ func (s *server) verify(c *call) error {
 			return errClosed.because("%v", err)
 		}
 		err := s.store.view(func(tx *bbolt.Tx) (err error) {
-			more, err = v.check(tx, &pos, &prev, to)
+			more, err = v.check(tx, &pos, &prev, from, to)
 			return err
 		})
 		if err != nil {
@@ -242,29 +263,40 @@ func (s *server) verify(c *call) error {
 }
 
 // check goes on behind pos, whose event has hash prev, for one transaction; more says that there
-// is more to check.
-func (v *verification) check(tx *bbolt.Tx, pos *place, prev *[32]byte, to uint64) (more bool, err error) {
+// is more to check. Where the trail was trimmed beyond pos, it begins anew at the cut.
+func (v *verification) check(tx *bbolt.Tx, pos *place, prev *[32]byte, from, to uint64) (more bool, err error) {
+	c, err := storedCut(tx)
+	if err != nil {
+		return false, err
+	}
+	if c.at.rev > 0 && (0 < from && pos.before(c.at) || to <= c.at.rev) {
+		return false, c.gone("leave from out, or name a revision behind it")
+	}
+	if pos.before(c.at) {
+		*v, *pos = verification{OK: true}, endOf(c.at.rev)
+	}
 	cur := tx.Bucket(bucketTrail).Cursor()
-	from := pos.appendTo(nil)
-	k, rec, err := seek(cur, bucketTrail, from)
+	behind := pos.appendTo(nil)
+	k, rec, err := seek(cur, bucketTrail, behind)
 	if err != nil {
 		return false, err
 	}
 	if v.Events == 0 {
-		// The hash that the first event follows is that of the one before it, if any.
+		// The hash that the first event follows is that of the one before it, if any, or the cut's.
 		before, brec := cur.Prev()
 		if k == nil {
 			before, brec = cur.Last()
 		}
-		if before != nil {
+		*prev = c.hash
+		if before != nil && !c.covers(placeAt(before)) {
 			ev, err := parseEvent(before, brec)
 			if err != nil {
 				return false, err
 			}
 			*prev = hashOf(ev.json)
 		}
-		k, rec = cur.Seek(from)
-	} else if bytes.Equal(k, from) {
+		k, rec = cur.Seek(behind)
+	} else if bytes.Equal(k, behind) {
 		k, rec = cur.Next()
 	}
 	for scanned := 0; k != nil; k, rec = cur.Next() {
@@ -292,8 +324,8 @@ func (v *verification) check(tx *bbolt.Tx, pos *place, prev *[32]byte, to uint64
 		v.Events++
 		v.Last, v.Hash = id, hex.EncodeToString(prev[:])
 	}
-	if end := storedRevision(tx); v.Events > 0 && pos.rev < end {
-		v.OK, v.Event, v.Detail = false, fmt.Sprintf("%d-%d", pos.rev, pos.n), fmt.Sprintf("the trail ends here, and the store is at revision %d", end)
+	if end := storedRevision(tx); pos.rev < end {
+		v.OK, v.Event, v.Detail = false, v.Last, fmt.Sprintf("the trail ends here, and the store is at revision %d", end)
 	}
 	return false, nil
 }
@@ -340,9 +372,10 @@ func (c *call) eventFilter() (eventFilter, error) {
 	return f, nil
 }
 
+// match reports whether an event is selected. That of a restore is of every namespace.
 func (f eventFilter) match(stored []byte) bool {
 	for _, m := range f {
-		if !bytes.Contains(stored, m) {
+		if !bytes.Contains(stored, m) && !(bytes.HasPrefix(m, []byte(`,"namespace":`)) && jumps(stored)) {
 			return false
 		}
 	}
@@ -370,13 +403,19 @@ func (s *server) audit(c *call, ns string) error {
 		return err
 	}
 	from := place{rev: math.MaxUint64, n: math.MaxUint16} // the newest place that may be shown
+	var own *place                                        // see newestFirst
+	given := false                                        // by the client
 	if cur, err := c.cursor('a'); err != nil {
 		return err
 	} else if cur != nil {
-		if len(cur) != 10 {
-			return errBadRequest.because("cursor is not one that this list returned; begin without it")
+		if len(cur) != 10 && (len(cur) != 20 || ns == "") {
+			return errCursor
 		}
-		from = placeAt(cur)
+		if from = placeAt(cur); len(cur) == 20 {
+			p := placeAt(cur[10:])
+			own = &p
+		}
+		given = true
 	}
 	filter, err := c.eventFilter()
 	if err != nil {
@@ -393,8 +432,15 @@ func (s *server) audit(c *call, ns string) error {
 			return errClosed.because("%v", err)
 		}
 		err := s.store.view(func(tx *bbolt.Tx) error {
-			more = false
-			next, err := newestFirst(tx, ns, from)
+			cut, err := storedCut(tx)
+			if err == nil && given && cut.covers(from) {
+				err = cut.gone("begin without a cursor")
+			}
+			if err != nil {
+				return err
+			}
+			more, given = false, false
+			next, err := newestFirst(tx, ns, from, own)
 			if err != nil {
 				return err
 			}
@@ -404,14 +450,21 @@ func (s *server) audit(c *call, ns string) error {
 					return err
 				}
 				if scanned == auditScan {
-					from, more = at, true
+					from, own, more = at, nil, true
+					if ns != "" && jumps(ev.json) {
+						own = &ev.prev
+					}
 					return nil
 				}
 				if !filter.match(ev.json) {
 					continue
 				}
 				if p.full() {
-					p.next = cursorOf('a', at.appendTo(nil))
+					cur := at.appendTo(nil)
+					if ns != "" && jumps(ev.json) {
+						cur = ev.prev.appendTo(cur)
+					}
+					p.next = cursorOf('a', cur)
 					return nil
 				}
 				p.add(ev.json)
@@ -424,10 +477,21 @@ func (s *server) audit(c *call, ns string) error {
 	return p.send(c)
 }
 
+// errCursor is the refusal of a cursor that was made up.
+var errCursor = errBadRequest.because("cursor is not one that this list returned; begin without it")
+
 // newestFirst walks the trail of ns, or the whole trail if ns is empty, back from the
-// newest event at or before from. The walk ends with the zero place. A namespace that
-// never was is errNotFound.
-func newestFirst(tx *bbolt.Tx, ns string, from place) (func() (place, eventRecord, error), error) {
+// newest event at or before from. The walk ends with the zero place, behind the first event or the
+// first that is kept. A namespace that never was is errNotFound.
+//
+// The trail of a namespace has the events of restores among its own. Of these the record that is returned
+// has in prev the namespace's own event before it, which is not stored with it: who goes on there later
+// gives it back as own.
+func newestFirst(tx *bbolt.Tx, ns string, from place, own *place) (func() (place, eventRecord, error), error) {
+	cut, err := storedCut(tx)
+	if err != nil {
+		return nil, err
+	}
 	if ns == "" {
 		cur := tx.Bucket(bucketTrail).Cursor()
 		var behind *place // the event that was returned before
@@ -444,9 +508,11 @@ func newestFirst(tx *bbolt.Tx, ns string, from place) (func() (place, eventRecor
 			} else if !bytes.Equal(k, from.appendTo(nil)) {
 				k, v = cur.Prev()
 			}
-			at := place{}
-			if k != nil {
+			at := cut.at
+			if k != nil && !cut.covers(placeAt(k)) {
 				at = placeAt(k)
+			} else {
+				k = nil
 			}
 			if behind != nil && !at.leadsTo(*behind, jump) || behind == nil && from.rev == math.MaxUint64 && at.rev != storedRevision(tx) {
 				return place{}, eventRecord{}, fmt.Errorf("state.db: the trail has a gap behind event %d-%d: %w", at.rev, at.n, errCorrupt)
@@ -467,45 +533,67 @@ func newestFirst(tx *bbolt.Tx, ns string, from place) (func() (place, eventRecor
 	if n == nil {
 		return nil, errNotFound.because("there is and was no namespace %s", ns)
 	}
+	if cut.covers(from) {
+		return func() (place, eventRecord, error) { return place{}, eventRecord{}, nil }, nil
+	}
 	at := n.last
-	if from.before(at) {
+	restore, err := lastRestore(tx, from)
+	if err != nil {
+		return nil, err
+	}
+	switch {
+	case own != nil:
+		at = *own
+		if restore != from || !at.before(from) {
+			return nil, errCursor
+		}
+	case from.before(at) && restore == from:
+		return nil, errCursor
+	case from.before(at):
 		// A cursor is the place of an event of this list, so it is a lookup.
 		at = from
+	}
+	if at != n.last && !cut.covers(at) {
 		ev, ok, err := getEvent(tx, at)
 		if err != nil {
 			return nil, err
 		}
 		if !ok || !bytes.Contains(ev.json, append(appendString([]byte(`,"namespace":`), ns), ',')) {
-			return nil, errBadRequest.because("cursor is not one that this list returned; begin without it")
+			return nil, errCursor
 		}
 	}
 	return func() (place, eventRecord, error) {
 		here := at
-		if here.rev == 0 {
+		if here.before(restore) {
+			here = restore
+		}
+		if cut.covers(here) {
 			return place{}, eventRecord{}, nil
 		}
-		ev, ok, err := getEvent(tx, here)
-		if err == nil && !ok {
-			// The event behind it names it.
-			err = fmt.Errorf("state.db: event %d-%d is not there: %w", here.rev, here.n, errCorrupt)
-		}
+		ev, err := namedEvent(tx, here)
 		if err != nil {
 			return place{}, eventRecord{}, err
 		}
-		at = ev.prev
-		return here, ev, nil
+		if here != restore {
+			at = ev.prev
+			return here, ev, nil
+		}
+		ev.prev = at
+		before := place{here.rev - 1, math.MaxUint16}
+		restore, err = lastRestore(tx, before)
+		return here, ev, err
 	}, nil
 }
 
 // leadsTo reports whether q can be the next event behind p, or behind the revision of which p is the
 // end: no revision is without an event, but for those that the event at q jumps over.
 func (p place) leadsTo(q place, jump bool) bool {
-	return q.n > 0 && p == place{q.rev, q.n - 1} || q.n == 0 && (p.rev+1 == q.rev || jump && p.rev < q.rev)
+	return q.n > 0 && p == place{q.rev, q.n - 1} || q.n == 0 && (p.rev+1 == q.rev || jump && p.rev+restoreGap == q.rev)
 }
 
 // jumps reports whether an event, as stored, may leave out revisions in front of its own: a cluster that
 // is made from a backup begins far above the backup's revision, see -restore.
-func jumps(stored []byte) bool { return string(actionOf(stored)) == "store.restore" }
+func jumps(stored []byte) bool { return string(actionOf(stored)) == actionRestore }
 
 // before reports whether p comes before q in the trail.
 func (p place) before(q place) bool {
@@ -524,7 +612,9 @@ func (b *batch) appendTrail(ev *event, n *namespace, at place, places []byte) er
 	rec = append(rec, byte(len(places)/10))
 	rec = append(rec, places...)
 	rec, b.pos.hash = ev.appendHashed(rec, b.pos.hash)
-	k := binary.BigEndian.AppendUint16(binary.BigEndian.AppendUint64(make([]byte, 0, 10), at.rev), at.n)
+	k := at.appendTo(make([]byte, 0, 10))
+	b.pos.events++
+	b.freed -= int64(len(k) + len(rec))
 	return b.trail.Put(k, seal(k, rec))
 }
 
@@ -591,19 +681,24 @@ func hashNumbers(h [32]byte) []uint64 {
 }
 
 // hashAt is the hash of the newest event of a revision at most rev; false where the store
-// has not come that far or has lost it.
+// has not come that far or has trimmed it. Of what was trimmed the newest is known.
 func (s *store) hashAt(rev uint64) (h [32]byte, ok bool, err error) {
 	err = s.view(func(tx *bbolt.Tx) error {
-		if storedRevision(tx) < rev {
-			return nil
+		cut, err := storedCut(tx)
+		if err != nil || storedRevision(tx) < rev || rev < cut.at.rev {
+			return err
 		}
-		next, err := newestFirst(tx, "", endOf(rev))
+		next, err := newestFirst(tx, "", endOf(rev), nil)
 		if err != nil {
 			return err
 		}
 		at, ev, err := next()
-		if err == nil && at.rev > 0 {
+		switch {
+		case err != nil:
+		case at.rev > 0:
 			h, ok = hashOf(ev.json), true
+		case cut.at.rev > 0:
+			h, ok = cut.hash, true
 		}
 		return err
 	})

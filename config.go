@@ -52,6 +52,11 @@ type config struct {
 	Auth struct {
 		ApiKeys []apiKey
 	}
+	Audit struct {
+		// What is older than KeepDays, or not among the newest KeepEvents events, is trimmed from the
+		// trail; 0 is no limit. Of no effect but on the leader.
+		KeepDays, KeepEvents int
+	}
 	Tls struct {
 		Cert, Key string // files of the API's certificate chain and key, PEM; both empty: plain text
 	}
@@ -72,6 +77,7 @@ type config struct {
 	format  string         // of the log: text or json
 	keyIn   string         // the made key's file; empty with a configuration file
 	join    bool           // this node is new in a cluster that is there
+	restore string         // the backup to make the data directory of; empty: be a node
 	keygen  string         // what to print and be done, key or secret; empty: be a node
 	secrets []secret       // the cluster's, decoded by check
 	checks  bool           // say what a start would do and be done
@@ -137,6 +143,7 @@ func configure(args []string) (*config, error) {
 	data := flags.String("data", "", "`directory` of all data, in place of Storage.DataPath")
 	format := flags.String("log", "text", "`format` of the log on standard error: text or json")
 	join := flags.Bool("join", false, "with an empty directory, begin no cluster but wait to be added to the one of Cluster.Nodes")
+	restore := flags.String("restore", "", "make the data directory of a new cluster's first node from a backup, a `file`, and end")
 	generate := flags.Bool("keygen", false, "print a new API key and its line for the file and end; with the word secret, a new secret")
 	checks := flags.Bool("check", false, "say what a start would do, do none of it and end")
 	which := flags.Bool("version", false, "print which program this is and end")
@@ -202,7 +209,13 @@ func configure(args []string) (*config, error) {
 		// Nobody has it: the only node calls nobody, and others of this machine reach its Raft port too.
 		c.secrets = []secret{newSecret()}
 	}
-	c.args, c.file, c.format, c.checks = args, *file, *format, *checks
+	if c.join && *restore != "" {
+		return nil, mistaken("-restore begins a cluster and -join does not; leave one out")
+	}
+	if *checks && *restore != "" {
+		return nil, mistaken("-check says what a start would do, and -restore starts no node; leave one out")
+	}
+	c.args, c.file, c.format, c.restore, c.checks = args, *file, *format, *restore, *checks
 	c.Storage.DataPath = cmp.Or(*data, c.Storage.DataPath)
 	return c, nil
 }
@@ -389,6 +402,9 @@ func (c *config) check() error {
 			return fmt.Errorf("Auth.ApiKeys[%d].Key: the same key as that of Auth.ApiKeys[%d]", i, j)
 		}
 		keys[digest] = i
+	}
+	if err := c.checkAudit(); err != nil {
+		return err
 	}
 	if err := c.checkLimits(); err != nil {
 		return err

@@ -55,8 +55,13 @@ type disk struct {
 	halt  func(error)
 	log   *slog.Logger
 
-	free  atomic.Uint64 // bytes free, as look last saw
-	state atomic.Uint64 // bytes of the state file, likewise
+	// As look last saw it:
+	free      atomic.Uint64 // bytes free, allFree where the system cannot say
+	state     atomic.Uint64 // bytes of the state file
+	raft      atomic.Uint64 // bytes of raft's log
+	snapshots atomic.Uint64 // bytes of all snapshots
+	newest    atomic.Uint64 // bytes of the newest snapshot
+	taken     atomic.Int64  // when that was written, nanoseconds since 1970; 0 where there is none
 
 	mu   sync.Mutex // guards busy and next
 	busy map[uint64]*stall
@@ -82,28 +87,70 @@ func newDisk(dir string, floor uint64, log *slog.Logger, halt func(error)) *disk
 	return d
 }
 
-// look reads how much is free. Where the system cannot say, all is.
+// allFree is what is free where the system cannot say.
+const allFree = 1 << 62
+
+// look reads how large the files are, and last, because refusals follow from it, how much is free.
 func (d *disk) look() {
+	for name, size := range map[string]*atomic.Uint64{"state.db": &d.state, "raft.db": &d.raft} {
+		if info, err := os.Stat(filepath.Join(d.dir, name)); err == nil {
+			size.Store(uint64(info.Size()))
+		}
+	}
+	d.lookAtSnapshots()
 	var st syscall.Statfs_t
 	if err := syscall.Statfs(d.dir, &st); err != nil {
-		d.free.Store(1 << 62)
+		d.free.Store(allFree)
 		return
 	}
 	d.free.Store(st.Bavail * uint64(st.Bsize))
-	if info, err := os.Stat(filepath.Join(d.dir, "state.db")); err == nil {
-		d.state.Store(uint64(info.Size()))
+}
+
+// lookAtSnapshots is part of look. What it cannot read it passes over: a snapshot may go meanwhile.
+func (d *disk) lookAtSnapshots() {
+	var all, newest, taken int64
+	at := filepath.Join(d.dir, "snapshots")
+	dirs, _ := os.ReadDir(at)
+	for _, dir := range dirs {
+		files, _ := os.ReadDir(filepath.Join(at, dir.Name()))
+		for _, f := range files {
+			info, err := f.Info()
+			if err != nil {
+				continue
+			}
+			all += info.Size()
+			if when := info.ModTime().UnixNano(); f.Name() == "state.bin" && !strings.HasSuffix(dir.Name(), ".tmp") && when > taken {
+				newest, taken = info.Size(), when
+			}
+		}
 	}
+	d.snapshots.Store(uint64(all))
+	d.newest.Store(uint64(newest))
+	d.taken.Store(taken)
 }
 
 // during brackets a store call: a leader whose disk hangs otherwise leads for ever, for
 // its heartbeats need no disk. Call what it returns when the call is over.
 func (d *disk) during(what string) (done func()) {
+	_, done = d.watched(what)
+	return done
+}
+
+// watched is during for a call that may find that it has more to do: allow gives it so much more time from
+// then on.
+func (d *disk) watched(what string) (allow func(time.Duration), done func()) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	id := d.next
 	d.next++
-	d.busy[id] = &stall{what: what}
-	return func() {
+	call := &stall{what: what}
+	d.busy[id] = call
+	allow = func(more time.Duration) {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		call.ticks = -int(more / diskTick)
+	}
+	return allow, func() {
 		d.mu.Lock()
 		defer d.mu.Unlock()
 		delete(d.busy, id)
@@ -170,6 +217,8 @@ type raftLog struct {
 	stored func(*raft.Log)
 
 	entries, bytes atomic.Int64 // appended since mark
+
+	appending histogram // each with its fsync
 }
 
 func openRaftLog(path string, d *disk) (*raftLog, error) {
@@ -238,9 +287,11 @@ func (l *raftLog) StoreLogs(logs []*raft.Log) error {
 		}
 	}
 	defer l.disk.during("append to " + l.path)()
+	start := time.Now()
 	if err := l.check("append to", l.BoltStore.StoreLogs(logs)); err != nil {
 		return err
 	}
+	l.appending.observe(time.Since(start))
 	l.add(int64(len(logs)), int64(size))
 	return nil
 }

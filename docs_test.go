@@ -366,22 +366,42 @@ func TestManualFollow(t *testing.T) {
 func TestManualVerify(t *testing.T) {
 	needs(t, "python3")
 	t.Parallel()
-	c := startCluster(t, 1)
+	c := startCluster(t, 1, func(doc map[string]any) { doc["Audit"] = map[string]any{"KeepEvents": 10} })
 	n := c.nodes[0]
 	for _, v := range []string{"plain", "\x01 \x7f \u2028 \\ \" ü 😀 </b>", "\t\n\r\b\f"} {
 		n.put(t, "app", "k/ü", v)
 	}
 	n.delete(t, "app", "k/ü")
 	n.write(t, "PUT", "/api/v1/namespaces/app", `{"description":"d"}`)
-	_, st, err := n.status()
-	if err != nil {
-		t.Fatal(err)
-	}
 	program := excerpt(t, "cat >/tmp/verify.py <<'END'\n", "\nEND\n")
-	out, err := exec.Command("python3", "-c", program, n.url+"/api/v1", adminKey).CombinedOutput()
-	if want := fmt.Sprintf("5 events, revision %d hash %s\n", st.Revision, st.Hash); err != nil || string(out) != want {
-		t.Errorf("%q, %v, want %q", out, err, want)
+	run := func(events int) {
+		t.Helper()
+		_, st, err := n.status()
+		if err != nil {
+			t.Fatal(err)
+		}
+		out, err := exec.Command("python3", "-c", program, n.url+"/api/v1", adminKey).CombinedOutput()
+		if want := fmt.Sprintf("%d events, revision %d hash %s\n", events, st.Revision, st.Hash); err != nil || string(out) != want {
+			t.Errorf("%q, %v, want %q", out, err, want)
+		}
 	}
+	run(5)
+	// And that of a trail that was trimmed.
+	body := `{"k0":0`
+	for k := range 600 {
+		body += fmt.Sprintf(`,"k%d":%d`, k+1, k)
+	}
+	n.write(t, "PATCH", "/api/v1/config/app", body+"}")
+	for v := range 10 {
+		n.put(t, "app", "k", fmt.Sprint(v))
+	}
+	until(t, limit(10*time.Second), func() error {
+		if trail := n.trail(t, ""); trail[len(trail)-1].Action != "audit.trim" {
+			return fmt.Errorf("of %d events the newest is %s", len(trail), trail[len(trail)-1].raw)
+		}
+		return nil
+	})
+	run(11)
 }
 
 // TestManualDigest: the manual's command makes of a key the digest that a node takes for it.
@@ -531,7 +551,7 @@ func TestManualActions(t *testing.T) {
 	const action = `((?:config|namespace|store|audit|node|leader)\.[a-z]+(?:\.[a-z]+)*)`
 	want := found(sources(t, false), `"`+action+`"`)
 	_, list, ok := strings.Cut(chapter(t, "API"), "\n`id` is `<revision>-<index within it>`. `action` is ")
-	list, _, ok2 := strings.Cut(list, "\n")
+	list, _, ok2 := strings.Cut(list, "\n`actor` is")
 	if !ok || !ok2 {
 		t.Fatal("the section Audit events does not list the actions")
 	}

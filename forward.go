@@ -86,7 +86,7 @@ func (s *server) gate(c *call) (done bool, err error) {
 	}
 	if stage == handedOver {
 		c.w.Header()["Connection"] = []string{"close"}
-	} else if s.cfg.Cluster.Forward {
+	} else if s.cfg.Cluster.Forward && !c.spools() { // what fills a disk is not held in memory
 		return true, s.forward(c, id)
 	}
 	c.w.Header()["Location"] = []string{api + c.r.URL.RequestURI()}

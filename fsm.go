@@ -24,9 +24,7 @@ import (
 // Whatever is not a function of the log is decided by the proposer and carried here: the
 // time, the author, any random number. Apply looks at nothing else.
 type command struct {
-	// Op is set, delete, patch, describe or drop (a namespace), or of the cluster member, unmember
-	// or lead.
-	Op      string   `json:"op"`
+	Op      string   `json:"op"` // see batch.run
 	NS      string   `json:"ns"`
 	Changes []change `json:"changes,omitempty"` // in byte order of the keys, each key once
 	Meta    *nsMeta  `json:"meta,omitempty"`    // of describe; CreatedAt is ignored
@@ -34,15 +32,18 @@ type command struct {
 	// leader knows by its file alone, of member and unmember.
 	Node   *nodeRecord  `json:"node,omitempty"`
 	Known  []nodeRecord `json:"known,omitempty"`
-	If     condition    `json:"if,omitzero"` // checked when applied, never before
-	Actor  string       `json:"actor"`       // the principal, never the key
-	Source string       `json:"source"`      // the client's IP address
-	ID     string       `json:"id"`          // the correlation id
-	At     int64        `json:"at"`          // the leader's clock, nanoseconds since 1970
+	Trim   *trimming    `json:"trim,omitempty"` // of trim and sweep
+	If     condition    `json:"if,omitzero"`    // checked when applied, never before
+	Actor  string       `json:"actor"`          // the principal, never the key
+	Source string       `json:"source"`         // the client's IP address
+	ID     string       `json:"id"`             // the correlation id
+	At     int64        `json:"at"`             // the leader's clock, nanoseconds since 1970
 	// Until is when the leader gives the request up, by its clock, nanoseconds since 1970. raft
 	// notes when it appends an entry; one that was appended later changes nothing, so that whoever
 	// was told "unknown" knows after that time that the write is in the log or never will be.
 	Until int64 `json:"until,omitempty"`
+
+	Restore *restoring `json:"restore,omitempty"` // of stage, restore and unstage
 }
 
 // A change is a new value of one key, or its removal if Value is nil.
@@ -146,7 +147,9 @@ func (f *fsm) ApplyBatch(logs []*raft.Log) []any {
 // neither loses a command nor runs it twice. The response of an entry is a []*result, one for
 // each of its commands; a refusal is a result.
 func (f *fsm) applyLogs(logs []*raft.Log) []any {
-	defer f.disk.during("write to " + f.store.path())()
+	allow, done := f.disk.watched("write to " + f.store.path())
+	defer done()
+	f.store.allow = allow
 	var out []any
 	err := f.store.guarded(func() (err error) {
 		out, err = f.store.apply(logs)
@@ -173,8 +176,8 @@ var errEntry = errors.New("not a command that this confman knows")
 // then as it was before.
 func (s *store) apply(logs []*raft.Log) ([]any, error) {
 	out := make([]any, len(logs))
-	old := s.at()
-	b := &batch{pos: *old, namespaces: map[string]*namespace{}}
+	old, start := s.at(), time.Now()
+	b := &batch{pos: *old, namespaces: map[string]*namespace{}, allow: s.allow}
 	err := s.db.Update(func(tx *bbolt.Tx) error {
 		b.open(tx)
 		for i, l := range logs {
@@ -204,16 +207,22 @@ func (s *store) apply(logs []*raft.Log) ([]any, error) {
 	if err != nil {
 		return nil, err
 	}
+	s.spare.Store(max(0, s.spare.Load()+b.freed))
 	if b.pos.index != old.index {
 		s.pos.Store(&b.pos)
 		s.applied.ring()
+		s.applying.observe(time.Since(start))
 	}
 	if b.joined {
 		s.joined.ring()
 	}
 	if b.pos.rev != old.rev {
 		s.changed.ring() // after the commit, so whoever wakes finds the change
-		s.watches.ring(append(b.touched, nil))
+		if b.everything {
+			s.watches.ringAll()
+		} else {
+			s.watches.ring(append(b.touched, nil))
+		}
 	}
 	return out, nil
 }
@@ -225,8 +234,11 @@ type batch struct {
 	pos           position              // as the transaction has it so far
 	namespaces    map[string]*namespace // those looked up; written by finish if dirty
 	dirty         []string
-	touched       [][]byte // what changed, as watches names it
-	joined        bool     // a membership record changed
+	touched       [][]byte            // what changed, as watches names it
+	everything    bool                // all that anybody waits for may have changed
+	allow         func(time.Duration) // see disk.watched; nil for nobody who watches
+	joined        bool                // a membership record changed
+	freed         int64               // bytes taken out of the trail, less those added
 }
 
 func (b *batch) open(tx *bbolt.Tx) {
@@ -235,12 +247,22 @@ func (b *batch) open(tx *bbolt.Tx) {
 	b.trail.FillPercent = 0.95
 }
 
-// finish writes what the commands of the batch share.
-func (b *batch) finish() error {
+// writeNamespaces writes those that have changed, and forgets all that were looked up.
+func (b *batch) writeNamespaces() error {
 	for _, ns := range b.dirty {
 		if err := b.namespaces[ns].put(b.tx, ns); err != nil {
 			return err
 		}
+	}
+	clear(b.namespaces)
+	b.dirty = nil
+	return nil
+}
+
+// finish writes what the commands of the batch share.
+func (b *batch) finish() error {
+	if err := b.writeNamespaces(); err != nil {
+		return err
 	}
 	meta := b.tx.Bucket(bucketMeta)
 	for _, m := range []struct {
@@ -251,6 +273,7 @@ func (b *batch) finish() error {
 		{"revision", binary.BigEndian.AppendUint64(nil, b.pos.rev)},
 		{"time", binary.BigEndian.AppendUint64(nil, uint64(b.pos.nanos))},
 		{"hash", b.pos.hash[:]},
+		{"events", binary.BigEndian.AppendUint64(binary.BigEndian.AppendUint64(nil, b.pos.events), b.pos.rev)},
 	} {
 		k := []byte(m.name)
 		if err := meta.Put(k, seal(k, append(make([]byte, 4, 36), m.value...))); err != nil {
@@ -299,6 +322,24 @@ func (b *batch) run(c *command) (*result, error) {
 			return b.lead(c)
 		}
 		return b.member(c)
+	case "trim":
+		return b.trim(c)
+	case "sweep":
+		return b.sweep(c)
+	}
+	if c.Restore != nil {
+		switch c.Op {
+		case "stage":
+			return b.stage(c)
+		case "restore":
+			return b.restore(c)
+		case "unstage":
+			res := &result{rev: b.pos.rev}
+			if id, _, err := stagedSoFar(b.tx); err != nil || id != c.Restore.ID {
+				return res, err
+			}
+			return res, b.unstage()
+		}
 	}
 	return nil, fmt.Errorf("%w: unknown op %q", errEntry, c.Op)
 }
@@ -423,17 +464,11 @@ func (b *batch) change(c *command) (*result, error) {
 			Namespace: c.NS, Key: ch.Key, Value: *ch.Value, Type: ch.Type,
 			Version: ev.Version, Revision: at.rev, UpdatedAt: now, UpdatedBy: c.Actor,
 		}
-		rec := make([]byte, 4, 320+len(places)+len(ch.Key)+len(*ch.Value))
-		rec = binary.BigEndian.AppendUint64(rec, e.Revision)
-		rec = binary.BigEndian.AppendUint64(rec, e.Version)
-		rec = append(rec, byte(len(places)/10))
-		rec = append(rec, places...)
-		start := len(rec)
-		rec = e.appendTo(rec)
+		rec, text := e.record(f.key, places)
 		if c.Op == "set" {
-			res.body = rec[start:]
+			res.body = text
 		}
-		if err := b.config.Put(f.key, seal(f.key, rec)); err != nil {
+		if err := b.config.Put(f.key, rec); err != nil {
 			return nil, err
 		}
 		if !f.ok {
@@ -441,6 +476,18 @@ func (b *batch) change(c *command) (*result, error) {
 		}
 	}
 	return res, nil
+}
+
+// record is the entry as it is stored under k, with its places; text is the part of it that is sent.
+func (e *entry) record(k, places []byte) (rec, text []byte) {
+	rec = make([]byte, 4, 320+len(places)+len(e.Key)+len(e.Value))
+	rec = binary.BigEndian.AppendUint64(rec, e.Revision)
+	rec = binary.BigEndian.AppendUint64(rec, e.Version)
+	rec = append(rec, byte(len(places)/10))
+	rec = append(rec, places...)
+	start := len(rec)
+	rec = e.appendTo(rec)
+	return seal(k, rec), rec[start:]
 }
 
 // describe applies a change of a namespace's metadata, or makes the namespace.
@@ -521,7 +568,8 @@ func (b *batch) namespaceEvent(c *command, n *namespace, now, action string, old
 }
 
 // storeEvent writes the event of a command that is about no namespace, in the revision that next has
-// begun; subject takes the place of a key. Only those who may see all of the trail see it.
+// begun; subject takes the place of a key. Only those who may see all of the trail see it, but for that of
+// a restore, see newestFirst.
 func (b *batch) storeEvent(c *command, now, action, subject string, old, new *string) error {
 	ev := &event{
 		ID: strconv.FormatUint(b.pos.rev, 10) + "-0", Revision: b.pos.rev, Timestamp: now, Action: action,

@@ -26,7 +26,7 @@ import (
 func TestFuzz(t *testing.T) {
 	long(t)
 	needs(t, "go")
-	for _, target := range []string{"FuzzPath", "FuzzKey", "FuzzNamespace", "FuzzCommands", "FuzzJSON", "FuzzTags"} {
+	for _, target := range []string{"FuzzPath", "FuzzKey", "FuzzNamespace", "FuzzCommands", "FuzzJSON", "FuzzTags", "FuzzBackup"} {
 		cmd := exec.Command("go", "test", "-run", "^$", "-fuzz", "^"+target+"$", "-fuzztime", "1m", "-fuzzminimizetime", "10x", ".")
 		out, err := cmd.CombinedOutput()
 		if err != nil {

@@ -35,12 +35,18 @@ type server struct {
 	log   *slog.Logger
 	mux   *http.ServeMux
 
-	stopping atomic.Int32  // a stage of shutdown, see goodbye
-	writes   atomic.Int64  // writes that are being answered
-	ending   chan struct{} // closed when waits and streams are to end
-	watches  *watches      // the store's
-	crowd    crowd
-	refusals refusals
+	stopping  atomic.Int32  // a stage of shutdown, see goodbye
+	writes    atomic.Int64  // writes that are being answered
+	ending    chan struct{} // closed when waits and streams are to end
+	watches   *watches      // the store's
+	backups   chan struct{} // a token for each that is sent
+	restoring atomic.Bool   // one is read or staged
+	crowd     crowd
+	refusals  refusals
+	tallies   map[*route]*tally
+	unknown   atomic.Uint64 // writes that were answered with an unknown outcome
+	census    census
+	door      *gate // nil where nobody listens
 }
 
 // The stages of a shutdown.
@@ -83,6 +89,9 @@ func (s *server) routes() []route {
 		{"PUT", "/api/v1/cluster/nodes/{id}", admin, wholeStore, "force", s.putNode},
 		{"DELETE", "/api/v1/cluster/nodes/{id}", admin, wholeStore, "force", s.deleteNode},
 		{"POST", "/api/v1/cluster/leader", admin, wholeStore, "", s.moveLeader},
+		{"GET", "/api/v1/backup", admin, wholeStore, strings.TrimSpace(reads), s.getBackup},
+		{"PUT", "/api/v1/backup", admin, wholeStore, "", s.putBackup},
+		{"GET", "/metrics", reader, noNamespace, "", s.metrics},
 		{"GET", "/health", public, noNamespace, "", s.health},
 		{"GET", "/health/ready", public, noNamespace, "", s.ready},
 	}
@@ -90,15 +99,19 @@ func (s *server) routes() []route {
 
 func newServer(cfg *config, st *store, n *raftNode, log *slog.Logger) *server {
 	s := &server{cfg: cfg, store: st, node: n, log: log, mux: http.NewServeMux(), ending: make(chan struct{}), watches: &st.watches,
+		backups:  make(chan struct{}, maxBackups),
 		refusals: refusals{log: log, most: cfg.Limits.AuthFailuresPerMinute}}
 	s.auth.Store(newAuth(cfg.Auth.ApiKeys, nil))
 	methods := map[string]map[string]*route{}
+	var all []*route
 	for _, rt := range s.routes() {
+		all = append(all, &rt)
 		if methods[rt.pattern] == nil {
 			methods[rt.pattern] = map[string]*route{}
 		}
 		methods[rt.pattern][rt.method] = &rt
 	}
+	s.tallies = newTallies(all)
 	for pattern, m := range methods {
 		allowed := slices.Collect(maps.Keys(m))
 		if m["GET"] != nil {
@@ -322,7 +335,7 @@ func (c *call) serve(methods map[string]*route, allow string) error {
 			return err
 		}
 	}
-	if c.r.ContentLength != 0 {
+	if c.r.ContentLength != 0 && !c.spools() {
 		if err := c.readBody(); err != nil {
 			return err
 		}
@@ -593,7 +606,7 @@ func (c *call) sendNothing(status int) error {
 }
 
 // finish is the only place where an error becomes a response and the only place where
-// a request is logged.
+// a request is logged and counted.
 func (c *call) finish(err error) {
 	if err == nil {
 		c.observe(cmp.Or(c.w.status, http.StatusOK), nil)
@@ -650,9 +663,10 @@ func (c *call) finish(err error) {
 // slow is from when on a read that went well is worth a line in the log.
 const slow = 100 * time.Millisecond
 
-// observe logs a request: writes, refusals, errors and slow ones at Info.
+// observe counts a request and logs it: writes, refusals, errors and slow ones at Info.
 func (c *call) observe(status int, err error) {
 	took := time.Since(c.start)
+	c.s.count(c, status, took, err)
 	level := slog.LevelDebug
 	switch {
 	case err != nil && problemOf(err).kind == errInternal:

@@ -146,9 +146,10 @@ func (c *config) connections(log *slog.Logger) int {
 
 // A crowd counts what is held open for clients: streams, and answers to ?wait.
 type crowd struct {
-	mu    sync.Mutex // guards the rest
-	all   int
-	byKey map[[sha256.Size]byte]int
+	mu      sync.Mutex // guards the rest
+	all     int
+	streams int // of all
+	byKey   map[[sha256.Size]byte]int
 }
 
 // admit takes a place for a call; leave gives it back. The error is a 429.
@@ -166,12 +167,18 @@ func (s *server) admit(c *call) (leave func(), err error) {
 		w.byKey = map[[sha256.Size]byte]int{}
 	}
 	key := c.who.key // identify may find another caller, or none, before the place is given back
+	streams := 1
+	if c.q.Has("wait") {
+		streams = 0
+	}
 	w.all++
+	w.streams += streams
 	w.byKey[key]++
 	return func() {
 		w.mu.Lock()
 		defer w.mu.Unlock()
 		w.all--
+		w.streams -= streams
 		if w.byKey[key]--; w.byKey[key] == 0 {
 			delete(w.byKey, key)
 		}

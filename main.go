@@ -2,6 +2,7 @@
 // node of a small cluster, agrees by Raft and is used with curl.
 //
 //	confman [-config FILE] [-node ID] [-data DIR] [-log text|json] [-join]
+//	confman -restore FILE [-config FILE] [-node ID] [-data DIR]
 //	confman -check [-config FILE] [-node ID] [-data DIR]
 //	confman -keygen [key|secret]
 //	confman -version
@@ -19,6 +20,7 @@ package main
 import (
 	"cmp"
 	"context"
+	"crypto/tls"
 	"errors"
 	"flag"
 	"fmt"
@@ -92,6 +94,8 @@ func run(ctx context.Context, hup <-chan os.Signal, args []string, stdout io.Wri
 		return err
 	case cfg.checks:
 		return cfg.describe(stdout)
+	case cfg.restore != "":
+		return restoreNew(cfg, stdout)
 	}
 	log := cfg.logger()
 	slog.SetDefault(log)
@@ -125,6 +129,9 @@ func run(ctx context.Context, hup <-chan os.Signal, args []string, stdout io.Wri
 		return err
 	}
 	defer lock.Close()
+	if err := checkFinished(dir); err != nil {
+		return err
+	}
 	made, err := cfg.ownKey(dir)
 	if err != nil {
 		return err
@@ -156,6 +163,7 @@ func run(ctx context.Context, hup <-chan os.Signal, args []string, stdout io.Wri
 
 	s := newServer(cfg, st, n, log)
 	door := newGate(api, cfg.connections(log))
+	s.door = door
 	srv := &http.Server{
 		Handler:           s,
 		ReadHeaderTimeout: 5 * time.Second,
@@ -167,6 +175,12 @@ func run(ctx context.Context, hup <-chan os.Signal, args []string, stdout io.Wri
 		DisableGeneralOptionsHandler: true,
 		ErrorLog:                     stdlog.New(&s.refusals, "", 0),
 		ConnState:                    door.note,
+		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
+			if t, ok := conn.(*tls.Conn); ok {
+				conn = t.NetConn()
+			}
+			return context.WithValue(ctx, connKey{}, conn)
+		},
 	}
 	// HTTP/2 would carry many streams in one connection, and what is said here of connections, slow
 	// clients and deadlines would not hold.

@@ -100,11 +100,18 @@ between() { until [ $(curl -s -m 1 http://127.0.0.1:50{10,20,30}/health/ready | 
 sed -i 's|^{|&"Tls": {"Cert": "/etc/confman/api.crt", "Key": "/etc/confman/api.key"},|' /etc/confman/confman.json
 for n in node1 node2 node3; do end $n; machine $n; done
 `,
+			"runuser -u confman -- confman -config /etc/confman/confman.json -node node1 -data /var/lib/confman -restore confman.backup": `
+cd /var/lib/confman
+K='X-API-Key: confman_demo_admin' A='-sf --cacert /etc/confman/api.crt -L --retry 20 --retry-delay 1 --retry-all-errors' U=https://10.0.1.10:5000/api/v1
+for i in a b c; do curl $A -o /dev/null -X PUT -H "$K" -d '{"value":"v"}' $U/config/billing/$i; done
+curl $A -o confman.backup -H "$K" -H 'Confman-Min-Revision: 3' $U/backup && chown confman confman.backup
+for n in node1 node2 node3; do end $n; rm -r $n; done
+`,
 			"systemctl restart confman":         "",
 			"systemctl reload confman; sleep 1": "",
 		},
 		prelude: `between() { :; }
-cp -a /etc etc; mount --bind etc /etc; mkdir -p /etc/confman /etc/systemd/system; cp tmp/confman.service /etc/systemd/system
+cp -a /etc etc; mount --bind etc /etc; mkdir -p /etc/confman /etc/systemd/system; cp deploy/confman.service /etc/systemd/system
 mkdir bin; chmod 0755 bin; ln confman bin/confman; mount --bind bin /usr/local/bin; mount -t tmpfs none /var/lib; mount -t tmpfs none /var/log
 for a in 10 11 12; do ip addr add 10.0.1.$a/32 dev lo; done
 sed -e '/node1/s/127.0.0.1/10.0.1.10/; /node2/s/127.0.0.1/10.0.1.11/; /node3/s/127.0.0.1/10.0.1.12/; s/50[123]0/5000/; s/50[123]1/5001/' \
@@ -121,6 +128,7 @@ systemctl() {
 	enable) machine node1; machine node2; machine node3 ;;
 	reload) pkill -HUP -f -- "-node node1" ;;
 	restart) end node1; machine node1 ;;
+	start) machine node1 ;;
 	esac
 }
 journalctl() { cat /tmp/node1.log; }
@@ -155,7 +163,7 @@ until [ "$(wc -l </tmp/alone)" = 4 ]; do command sleep 0.05; done; cat /tmp/alon
 
 // notRun are the blocks that no session runs, by their first line, and why.
 var notRun = map[string]string{
-	"[Unit]":   "a file, not commands",
+	"docker compose -f deploy/compose.yaml up -d --build": "needs docker",
 	"defaults": "a file, not commands",
 }
 
@@ -263,15 +271,11 @@ func (s session) run(t *testing.T, own []string) (complaints []string, leaders i
 			}
 		}
 	}
-	if err := errors.Join(err, os.CopyFS(filepath.Join(dir, "testdata"), os.DirFS("testdata")), os.Mkdir(filepath.Join(dir, "tmp"), 0o700)); err != nil {
+	if err := errors.Join(err, os.CopyFS(filepath.Join(dir, "testdata"), os.DirFS("testdata")),
+		os.CopyFS(filepath.Join(dir, "deploy"), os.DirFS("deploy")), os.Mkdir(filepath.Join(dir, "tmp"), 0o700)); err != nil {
 		t.Fatal(err)
 	}
 	all := blocks(t)
-	for _, b := range all {
-		if b.first() == "[Unit]" {
-			writeFile(t, filepath.Join(dir, "tmp", "confman.service"), []byte(b.text))
-		}
-	}
 	var script strings.Builder
 	script.WriteString("cd " + dir + "\nip link set lo up\ngo() { :; }\n" + strings.ReplaceAll(s.prelude, "/tmp/", dir+"/tmp/"))
 	run := s.of(all)
@@ -389,7 +393,7 @@ var (
 	// numbers, free space, how long something took, what the program was built from, who leads, and how far
 	// a node was when the leader heard of it last.
 	differing = regexp.MustCompile(`Date: .*|Content-Length: \d+|Confman-Staleness-Ms: \d+|"stalenessMs":-?\d+|"lastContactMs":-?\d+|"diskFreeBytes":\d+|"version":"[^"]*"|"term":\d+|process \d+|took=[0-9a-zµ.]+|confman (?:v\d\S+|devel)|` +
-		`"role":"\w+"|"voter":true,"revision":\d+,"hash":"\w+"|"leader":"[^"]*"|"leaderId":"[^"]*"|raft entr.*?:|revision=\d+`)
+		`"role":"\w+"|"voter":true,"revision":\d+,"hash":"\w+"|"leader":"[^"]*"|"leaderId":"[^"]*"|\bsize=\d+`)
 	whoLeads = regexp.MustCompile(`(node)[123]( is ready, )(?:leader|follower)`)
 	whoSays  = regexp.MustCompile(`\bnode=node[123]\b`)
 	address  = regexp.MustCompile(`(127\.0\.0\.1:50)[123]([01])`)

@@ -59,6 +59,11 @@ func parseNamespace(k, rec []byte) (*namespace, error) {
 }
 
 func (n *namespace) put(tx *bbolt.Tx, ns string) error {
+	return tx.Bucket(bucketNamespaces).Put([]byte(ns), n.record(ns))
+}
+
+// record is the namespace as it is stored.
+func (n *namespace) record(ns string) []byte {
 	rec := make([]byte, 4, 160)
 	var flags byte
 	if n.deleted {
@@ -75,8 +80,7 @@ func (n *namespace) put(tx *bbolt.Tx, ns string) error {
 	rec = append(rec, `,"createdAt":`...)
 	rec = appendString(rec, n.CreatedAt)
 	rec = append(rec, '}')
-	k := []byte(ns)
-	return tx.Bucket(bucketNamespaces).Put(k, seal(k, rec))
+	return seal([]byte(ns), rec)
 }
 
 // metaText is the metadata as events show it.
@@ -98,13 +102,20 @@ func (n *namespace) appendTo(b []byte, path string) []byte {
 	return append(b, '}')
 }
 
-// namespaceCurrent says who changed a namespace last, by its newest event. Where the
-// trail has lost that event, only the revision is known.
+// namespaceCurrent says who changed a namespace last, by its newest event. Where that was
+// trimmed, only the revision is known.
 func namespaceCurrent(tx *bbolt.Tx, n *namespace) (*current, error) {
 	cur := &current{Revision: n.rev}
-	rec, ok, err := getEvent(tx, n.last)
-	if err != nil || !ok {
-		return cur, err
+	at := n.last
+	if at.rev < n.rev {
+		at = place{n.rev, 0} // a restore changed it
+	}
+	rec, err := namedEvent(tx, at)
+	if err == errTrimmed {
+		return cur, nil
+	}
+	if err != nil {
+		return nil, err
 	}
 	ev, err := rec.decode()
 	if err != nil {

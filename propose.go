@@ -48,6 +48,7 @@ const settleIt = "repeat it conditionally, or settle it by its correlation id in
 // applied, now or later; any other that it is not and will not be.
 func (n *raftNode) propose(cmd *command, deadline time.Time) (*result, error) {
 	cmd.Until = deadline.UnixNano()
+	start := time.Now()
 	p := &proposal{cmd: cmd, done: make(chan outcome, 1)}
 	timer := time.NewTimer(time.Until(deadline))
 	defer timer.Stop()
@@ -61,6 +62,7 @@ func (n *raftNode) propose(cmd *command, deadline time.Time) (*result, error) {
 		if o.err != nil {
 			return nil, o.err
 		}
+		n.committed.observe(time.Since(start))
 		return o.res, o.res.err
 	case <-timer.C:
 	}

@@ -17,6 +17,7 @@ import (
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/raft"
+	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
 )
 
@@ -66,6 +67,12 @@ type raftNode struct {
 	leaderClock atomic.Pointer[clockReading]
 
 	proposals chan *proposal
+	committed histogram // from proposal to result, where there was one
+
+	raftMetrics prometheus.Gatherer // nil where raft does not count
+	leaders     atomic.Uint64       // that this node has seen begin
+	heard       sync.Map            // by node id, the raft index that it has applied as it last said; see lags
+	snapshots   struct{ taken, failed atomic.Uint64 }
 
 	ctx    context.Context // over when the node stops
 	stop   context.CancelFunc
@@ -93,6 +100,9 @@ func startNode(cfg *config, dir string, st *store, ln net.Listener, logger *slog
 	n.disk = newDisk(dir, uint64(cfg.Storage.MinFreeMiB)<<20, logger, n.halt)
 	var err error
 	if n.logs, err = openRaftLog(filepath.Join(dir, "raft.db"), n.disk); err != nil {
+		return nil, err
+	}
+	if n.raftMetrics, err = raftMetrics(); err != nil {
 		return nil, err
 	}
 	hlog := &raftLogger{Logger: hclog.NewNullLogger(), log: logger}
@@ -264,6 +274,12 @@ func (n *raftNode) startRaft(newest uint64, servers []raft.Server, hlog hclog.Lo
 	if err != nil {
 		return fmt.Errorf("start raft in %s: %w; if a file is damaged, %s", n.dir, err, rejoinEmpty)
 	}
+	r.RegisterObserver(raft.NewObserver(nil, false, func(o *raft.Observation) bool {
+		if l, ok := o.Data.(raft.LeaderObservation); ok && l.LeaderID != "" {
+			n.leaders.Add(1)
+		}
+		return false
+	}))
 	n.logs.mark()
 	n.raft.Store(r)
 	n.tasks.Go(n.sayApplied)
@@ -274,6 +290,7 @@ func (n *raftNode) startRaft(newest uint64, servers []raft.Server, hlog hclog.Lo
 	n.tasks.Go(n.keepRoster)
 	n.tasks.Go(n.keepVoters)
 	n.tasks.Go(n.compareHashes)
+	n.tasks.Go(n.keepTrail)
 	return nil
 }
 
@@ -334,6 +351,7 @@ func (n *raftNode) watchLeadership() error {
 				n.quietTo(before)
 				n.led.Store(term)
 				n.log.Info("leading", "term", term, "revision", n.store.at().rev)
+				n.tasks.Go(n.unstageOthers)
 			}
 		}
 	}
@@ -399,11 +417,16 @@ func (n *raftNode) term() uint64 {
 
 // propose fills in who asks and proposes the command.
 func (s *server) propose(c *call, cmd *command) (*result, error) {
+	return s.proposeUntil(c, cmd, c.deadline())
+}
+
+// proposeUntil is propose with a deadline of its own.
+func (s *server) proposeUntil(c *call, cmd *command, deadline time.Time) (*result, error) {
 	if grows(cmd) && s.node.disk.lowForLeader() {
 		return nil, errNoSpace.because("the leader's disk is nearly full: free some space or raise the volume; deletes still work")
 	}
 	cmd.Actor, cmd.Source, cmd.ID = c.who.principal, c.source(), c.id
-	res, err := s.node.propose(cmd, c.deadline())
+	res, err := s.node.propose(cmd, deadline)
 	if res != nil {
 		c.sawRevision(max(res.rev, s.store.at().rev))
 	}
@@ -415,7 +438,7 @@ func (s *server) propose(c *call, cmd *command) (*result, error) {
 
 // grows reports whether a command adds anything but the events of what it removes.
 func grows(cmd *command) bool {
-	return cmd.Op != "drop" && (cmd.Op == "describe" || slices.ContainsFunc(cmd.Changes, func(c change) bool { return c.Value != nil }))
+	return cmd.Op != "drop" && (cmd.Op == "describe" || cmd.Restore != nil || slices.ContainsFunc(cmd.Changes, func(c change) bool { return c.Value != nil }))
 }
 
 // handOver gives leadership away, if this node has it and another can take it. The error, which the
@@ -487,6 +510,7 @@ func (n *raftNode) takeSnapshots() error {
 				n.log.Error("snapshot not taken", "error", "the disk has no room for it", "free", n.disk.free.Load(), "size", state)
 			}
 			said = true
+			n.snapshots.failed.Add(1)
 			continue
 		}
 		said, was = false, state
@@ -501,7 +525,11 @@ func (n *raftNode) takeSnapshots() error {
 		if err := r.ReloadConfig(rc); err != nil {
 			n.log.Error("trailing logs not set", "error", err)
 		}
-		if err := r.Snapshot().Error(); err != nil && !errors.Is(err, raft.ErrNothingNewToSnapshot) && !errors.Is(err, raft.ErrRaftShutdown) {
+		err := r.Snapshot().Error()
+		if err == nil {
+			n.snapshots.taken.Add(1)
+		} else if !errors.Is(err, raft.ErrNothingNewToSnapshot) && !errors.Is(err, raft.ErrRaftShutdown) {
+			n.snapshots.failed.Add(1)
 			n.log.Error("snapshot not taken", "error", err)
 			n.logs.add(entries, size) // it is due still
 		}

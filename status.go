@@ -26,9 +26,9 @@ type readiness struct {
 	Reason      string `json:"reason,omitempty"` // why not ready
 }
 
-// ready answers 200 only if a plain read would be answered here and a leader with a quorum
-// is known.
-func (s *server) ready(c *call) error {
+// readiness says how the node is. There is no Reason only if a plain read would be answered here and
+// a leader with a quorum is known.
+func (s *server) readiness() readiness {
 	pos := s.store.at()
 	r := readiness{
 		Status: "ready", Node: s.node.id, Role: s.node.role(), Term: s.node.term(),
@@ -53,9 +53,17 @@ func (s *server) ready(c *call) error {
 	case r.StalenessMs > int64(s.cfg.Cluster.MaxStaleness):
 		r.Reason = "too far behind the leader"
 	}
-	status := http.StatusOK
 	if r.Reason != "" {
-		r.Status, status = "not-ready", http.StatusServiceUnavailable
+		r.Status = "not-ready"
+	}
+	return r
+}
+
+// ready answers 200 if there is no reason against it.
+func (s *server) ready(c *call) error {
+	r, status := s.readiness(), http.StatusOK
+	if r.Reason != "" {
+		status = http.StatusServiceUnavailable
 		c.w.Header()["Retry-After"] = []string{"1"}
 	}
 	b, err := json.Marshal(r)

@@ -29,15 +29,19 @@ import (
 // Values marked JSON are sent to clients as they stand.
 //
 //	bucket      key           value
-//	meta        "format"      version[4]; this text describes version 1
+//	meta        "format"      version[4]; this text describes versions 1, without "cut", and 2
 //	meta        "applied"     crc[4] index[8] of the last raft entry in this file
 //	meta        "revision"    crc[4] rev[8]
 //	meta        "time"        crc[4] nanoseconds[8] since 1970 of the newest event
 //	meta        "hash"        crc[4] SHA-256[32] of the newest event
+//	meta        "events"      crc[4] count[8] of events behind the cut, at rev[8]
+//	meta        "cut"         crc[4] place[10] and SHA-256[32] of the newest event that was trimmed
 //	config      ns[] 00 key[] crc[4] rev[8] version[8] k[1] place[10]*k entry[], JSON
 //	namespaces  ns[]          crc[4] flags[1] keys[8] rev[8] place[10] meta[], JSON of nsMeta
 //	trail       rev[8] n[2]   crc[4] place[10] k[1] place[10]*k event[], JSON
 //	members     id[]          crc[4] JSON of nodeRecord
+//	meta        "restores"    crc[4] place[10]* of the events store.restore, oldest first; or none
+//	staging                   see bucketStaging
 //
 // A file of an earlier confman has no bucket members; it is made when the file is opened.
 //
@@ -53,6 +57,10 @@ import (
 // divisible by 2^i, and the i-th of an event of version v (v divisible by 2^i) is
 // that of version v-2^i. So an earlier version is found in O(log n) lookups and
 // each change is stored once, at the end of the trail.
+//
+// What the trail holds up to the cut is not there for any reader: it is about to be deleted, see
+// retention.go. Places go on pointing to it. A program that knows version 1 only would take that for
+// damage, so the first cut makes the file one of version 2.
 //
 // For example, after key db.url of namespace billing is set for the first time,
 // as revision 258:
@@ -78,9 +86,16 @@ type store struct {
 	applied bell                     // rung after each commit
 	joined  bell                     // rung after each commit that changed bucket members
 	watches watches                  // who waits for one thing to change
+	spare   atomic.Int64             // see sweepAhead; set by Apply's goroutine alone
+
+	allow    func(time.Duration) // see batch; Apply's goroutine alone
+	applying histogram           // transactions that applied something
 }
 
-const storeFormat = 1
+const (
+	storeFormat   = 1 // of a file whose trail is whole
+	trimmedFormat = 2 // and of one that has a cut
+)
 
 var (
 	bucketMeta       = []byte("meta")
@@ -98,6 +113,9 @@ type position struct {
 	rev   uint64 // the store's revision; 0 before the first change
 	nanos int64  // time of the newest event, nanoseconds since 1970
 	hash  [32]byte
+
+	events uint64 // in the trail, behind the cut
+	cut    cut
 }
 
 // errCorrupt is wrapped by every error that says a stored record is not what was
@@ -213,7 +231,7 @@ func checkEntries(tx *bbolt.Tx) error {
 
 // removeTemporary removes what a process that was killed in the middle left behind.
 func removeTemporary(dir string) error {
-	for _, name := range []string{"state.db.restore", "state.mark.tmp"} {
+	for _, name := range []string{"state.db.restore", "state.mark.tmp", spoolName} {
 		if err := os.Remove(dir + "/" + name); err != nil && !os.IsNotExist(err) {
 			return err
 		}
@@ -332,46 +350,61 @@ func viewed(db *bbolt.DB, f func(*bbolt.Tx) error) error {
 }
 
 // readPosition reads the meta bucket and checks the format.
-func readPosition(db *bbolt.DB) (*position, error) {
-	pos := &position{}
-	err := viewed(db, func(tx *bbolt.Tx) error {
-		meta := tx.Bucket(bucketMeta)
-		if meta == nil {
-			return errors.New("not a state file: no bucket meta")
-		}
-		f := meta.Get([]byte("format"))
-		if len(f) != 4 || binary.BigEndian.Uint32(f) != storeFormat {
-			return fmt.Errorf("format %x, this confman reads %d: written by a newer one?", f, storeFormat)
-		}
-		var hash []byte
-		for _, m := range []struct {
-			name string
-			set  func(v []byte)
-			size int
-		}{
-			{"applied", func(v []byte) { pos.index = binary.BigEndian.Uint64(v) }, 8},
-			{"revision", func(v []byte) { pos.rev = binary.BigEndian.Uint64(v) }, 8},
-			{"time", func(v []byte) { pos.nanos = int64(binary.BigEndian.Uint64(v)) }, 8},
-			{"hash", func(v []byte) { hash = v }, 32},
-		} {
-			k := []byte(m.name)
-			rec := meta.Get(k)
-			if rec == nil {
-				continue // nothing has been applied yet
-			}
-			v, err := unseal(bucketMeta, k, rec)
-			if err == nil && len(v) != m.size {
-				err = fmt.Errorf("state.db: bucket meta, key %q: %w", k, errCorrupt)
-			}
-			if err != nil {
-				return err
-			}
-			m.set(v)
-		}
-		copy(pos.hash[:], hash)
-		return checkTail(tx, pos)
+func readPosition(db *bbolt.DB) (pos *position, err error) {
+	err = viewed(db, func(tx *bbolt.Tx) (err error) {
+		pos, err = positionOf(tx)
+		return err
 	})
 	return pos, err
+}
+
+// positionOf is readPosition in a transaction.
+func positionOf(tx *bbolt.Tx) (*position, error) {
+	pos := &position{}
+	meta := tx.Bucket(bucketMeta)
+	if meta == nil {
+		return nil, errors.New("not a state file: no bucket meta")
+	}
+	f := meta.Get([]byte("format"))
+	if len(f) != 4 || binary.BigEndian.Uint32(f) < storeFormat || binary.BigEndian.Uint32(f) > trimmedFormat {
+		return nil, fmt.Errorf("format %x, this confman reads %d and %d: written by a newer one?", f, storeFormat, trimmedFormat)
+	}
+	var hash []byte
+	counted := uint64(0) // the revision at which events was right: a program that does not know it leaves it as it is
+	for _, m := range []struct {
+		name string
+		set  func(v []byte)
+		size int
+	}{
+		{"applied", func(v []byte) { pos.index = binary.BigEndian.Uint64(v) }, 8},
+		{"revision", func(v []byte) { pos.rev = binary.BigEndian.Uint64(v) }, 8},
+		{"time", func(v []byte) { pos.nanos = int64(binary.BigEndian.Uint64(v)) }, 8},
+		{"hash", func(v []byte) { hash = v }, 32},
+		{"events", func(v []byte) { pos.events, counted = binary.BigEndian.Uint64(v), binary.BigEndian.Uint64(v[8:]) }, 16},
+		{"cut", func(v []byte) { pos.cut = cutOf(v) }, cutSize},
+	} {
+		k := []byte(m.name)
+		rec := meta.Get(k)
+		if rec == nil {
+			continue // nothing has been applied yet
+		}
+		v, err := unseal(bucketMeta, k, rec)
+		if err == nil && len(v) != m.size {
+			err = fmt.Errorf("state.db: bucket meta, key %q: %w", k, errCorrupt)
+		}
+		if err != nil {
+			return nil, err
+		}
+		m.set(v)
+	}
+	copy(pos.hash[:], hash)
+	if (pos.cut.at.rev > 0) != (binary.BigEndian.Uint32(f) == trimmedFormat) {
+		return nil, fmt.Errorf("state.db: format %x, and the trail is cut behind revision %d: %w", f, pos.cut.at.rev, errCorrupt)
+	}
+	if counted != pos.rev {
+		pos.events = countEvents(tx, pos.cut.at)
+	}
+	return pos, checkTail(tx, pos)
 }
 
 // storedRevision is the store's revision as the transaction sees it.
@@ -483,8 +516,12 @@ func checkRecords(tx *bbolt.Tx) (err error) {
 			err = fmt.Errorf("state.db: %v: %w", p, errCorrupt)
 		}
 	}()
-	for _, name := range [][]byte{bucketConfig, bucketNamespaces, bucketTrail, bucketMembers} {
-		err := tx.Bucket(name).ForEach(func(k, rec []byte) error {
+	for _, name := range [][]byte{bucketConfig, bucketNamespaces, bucketTrail, bucketMembers, bucketStaging} {
+		b := tx.Bucket(name)
+		if b == nil && (bytes.Equal(name, bucketStaging) || bytes.Equal(name, bucketMembers)) {
+			continue // of a restore that is under way, and none in a backup by an earlier confman
+		}
+		err := b.ForEach(func(k, rec []byte) error {
 			_, err := unseal(name, k, rec)
 			return err
 		})
@@ -548,6 +585,11 @@ func seek(cur *bbolt.Cursor, bucket, from []byte) (k, rec []byte, err error) {
 	}
 	var before, brec []byte
 	if k == nil {
+		// While a transaction has removed all records, and they were more than a page had, bbolt's Last
+		// never comes to an end.
+		if first, _ := cur.First(); first == nil {
+			return nil, nil, nil
+		}
 		before, brec = cur.Last()
 	} else if _, err = unseal(bucket, k, rec); err == nil {
 		before, brec = cur.Prev()
@@ -614,11 +656,11 @@ func nextPlaces(old []byte, v uint64, here place) (event, entry []byte) {
 	return event, entry
 }
 
-// errTrimmed says that the trail no longer holds an event that was asked for.
+// errTrimmed says that the trail does not hold an event any more, as it is behind the cut.
 var errTrimmed = errors.New("trimmed")
 
 // findVersion returns the event that made version want of the entry's present
-// life, which must be one of 1 to e.version; errTrimmed where the trail has lost it.
+// life, which must be one of 1 to e.version; errTrimmed where it was trimmed.
 func findVersion(tx *bbolt.Tx, e entryRecord, want uint64) (eventRecord, error) {
 	version, places := e.version, e.places
 	fromEntry := true
@@ -637,12 +679,9 @@ func findVersion(tx *bbolt.Tx, e entryRecord, want uint64) (eventRecord, error) 
 		if best == 0 || at.rev == 0 {
 			return eventRecord{}, errTrimmed
 		}
-		ev, ok, err := getEvent(tx, at)
+		ev, err := namedEvent(tx, at)
 		if err != nil {
 			return ev, err
-		}
-		if !ok {
-			return ev, errTrimmed
 		}
 		if best == want {
 			return ev, nil

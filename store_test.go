@@ -199,8 +199,9 @@ func TestStoredExample(t *testing.T) {
 		})
 		want := map[string]string{"format": "00000001"}
 		for k, rest := range map[string]string{"applied": "0000000000000102", "revision": "0000000000000102",
-			"time": fmt.Sprintf("%016x", c.At), "hash": hex.EncodeToString(hash[:])} {
-			want[k] = hex.EncodeToString(crcOf([]byte(k), unhex(rest))) + rest
+			"time": fmt.Sprintf("%016x", c.At), "hash": hex.EncodeToString(hash[:]),
+			"events": "0000000000000102 0000000000000102"} {
+			want[k] = hex.EncodeToString(crcOf([]byte(k), unhex(rest))) + strings.ReplaceAll(rest, " ", "")
 		}
 		if diff := cmp.Diff(want, meta); diff != "" {
 			t.Errorf("meta (-want +got):\n%s", diff)
@@ -237,6 +238,7 @@ func checkState(tx *bbolt.Tx) error {
 	lives, spaces := map[string]*life{}, map[string]*space{}
 	none := strings.Repeat("\x00", 10)
 	rev, n, last, hash := uint64(0), 0, "", strings.Repeat("0", 64)
+	events := 0
 
 	// record checks a record's checksum and returns the rest.
 	record := func(bucket string, k, v []byte, least int) ([]byte, error) {
@@ -265,6 +267,7 @@ func checkState(tx *bbolt.Tx) error {
 		if len(k) != 10 {
 			return fmt.Errorf("trail key %x", k)
 		}
+		events++
 		if n++; u64(k) != rev {
 			rev, n = rev+1, 0
 		}
@@ -469,6 +472,10 @@ func checkState(tx *bbolt.Tx) error {
 	want := map[string]string{
 		"format": "00000001", "applied": meta["applied"],
 		"revision": fmt.Sprintf("%016x", rev), "time": fmt.Sprintf("%016x", nanos), "hash": hash,
+		"events": fmt.Sprintf("%016x%016x", events, rev),
+	}
+	if meta["events"] == "" {
+		delete(want, "events") // of a program that did not count them, see openStore
 	}
 	if diff := cmp.Diff(want, meta); diff != "" || len(meta["applied"]) != 16 {
 		return fmt.Errorf("meta (-trail +meta):\n%s", diff)
@@ -519,7 +526,7 @@ func TestFindVersion(t *testing.T) {
 	}
 }
 
-// TestFindVersionTrimmed: where the trail has lost events, versions are found or are
+// TestFindVersionTrimmed: where the trail was trimmed, versions are found or are
 // errTrimmed, and never another version.
 func TestFindVersionTrimmed(t *testing.T) {
 	t.Parallel()
@@ -528,12 +535,8 @@ func TestFindVersionTrimmed(t *testing.T) {
 	for v := range versions {
 		w.apply(set("app", "k", fmt.Sprint(v+1)))
 	}
+	w.apply(&command{Op: "trim", Trim: &trimming{Rev: kept - 1, Events: kept - 1}}) // here version and revision are the same
 	err := w.st.db.Update(func(tx *bbolt.Tx) error {
-		for v := 1; v < kept; v++ { // here version and revision are the same
-			if err := tx.Bucket([]byte("trail")).Delete(place{uint64(v), 0}.appendTo(nil)); err != nil {
-				return err
-			}
-		}
 		e, _, err := getEntry(tx, entryKey("app", "k"))
 		if err != nil {
 			return err
@@ -548,7 +551,12 @@ func TestFindVersionTrimmed(t *testing.T) {
 				t.Errorf("version %d: %s", v, rec.json)
 			}
 		}
-		return nil
+		// What is not there and was not trimmed was lost.
+		err = tx.Bucket([]byte("trail")).Delete(place{64, 0}.appendTo(nil))
+		if _, lost := findVersion(tx, e, 64); !errors.Is(lost, errCorrupt) {
+			t.Errorf("version 64, which was lost: %v", lost)
+		}
+		return err
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -738,8 +746,11 @@ func TestOpenStoreRefuses(t *testing.T) {
 		spoil   func(tx *bbolt.Tx) error
 		corrupt bool
 	}{
-		"newer format":    {put("meta", []byte("format"), func([]byte) []byte { return []byte{0, 0, 0, 2} }), false},
+		"newer format":    {put("meta", []byte("format"), func([]byte) []byte { return []byte{0, 0, 0, 3} }), false},
 		"no format":       {func(tx *bbolt.Tx) error { return tx.Bucket([]byte("meta")).Delete([]byte("format")) }, false},
+		"a cut, lost":     {put("meta", []byte("format"), func([]byte) []byte { return []byte{0, 0, 0, 2} }), true},
+		"events":          {put("meta", []byte("events"), flip(5)), true},
+		"first event":     {func(tx *bbolt.Tx) error { return tx.Bucket([]byte("trail")).Delete(place{1, 0}.appendTo(nil)) }, true},
 		"applied":         {put("meta", []byte("applied"), flip(-1)), true},
 		"revision":        {put("meta", []byte("revision"), flip(5)), true},
 		"time":            {put("meta", []byte("time"), flip(0)), true},
@@ -944,6 +955,27 @@ func TestGrowsUnderReader(t *testing.T) {
 		err = <-wrote
 	}
 	if err != nil {
+		t.Fatal(err)
+	}
+	w.check()
+}
+
+// TestAllDeleted: a transaction that removes every key, of many pages, goes on.
+func TestAllDeleted(t *testing.T) {
+	t.Parallel()
+	w := newWriter(t, t.TempDir())
+	value, all, none := strings.Repeat("v", 100), &command{Op: "patch", NS: "app"}, &command{Op: "patch", NS: "app"}
+	for i := range 1000 {
+		key := fmt.Sprintf("k%03d", i)
+		all.Changes = append(all.Changes, change{Key: key, Value: &value, Type: "string"})
+		none.Changes = append(none.Changes, change{Key: key})
+	}
+	w.apply(all)
+	logs := w.entries(none, set("app", "zzz", "v"))
+	// It takes milliseconds. A test that fails would wait for the transaction's end.
+	late := time.AfterFunc(limit(20*time.Second), func() { panic("the transaction does not end") })
+	defer late.Stop()
+	if _, err := w.st.apply(logs); err != nil {
 		t.Fatal(err)
 	}
 	w.check()

@@ -245,22 +245,38 @@ func (s *server) stream(c *call, ns string) error {
 			return errBehind.because("this node has not applied revision %d in time; it is at %d", pos.rev, s.store.at().rev)
 		}
 	}
-	bell := s.watches.add(ns)
-	defer s.watches.remove(ns, bell)
-	if !given {
-		pos = endOf(s.store.at().rev)
-	}
-	if ns != "" {
+	if given {
 		err := s.store.view(func(tx *bbolt.Tx) error {
-			n, err := getNamespace(tx, ns)
-			if err == nil && n == nil {
-				err = errNotFound.because("there is and was no namespace %s", ns)
+			gap, err := inGap(tx, pos.rev)
+			if gap {
+				err = errGone.because("revision %d is of the cluster before the backup that this one was made from; begin without an id", pos.rev)
 			}
 			return err
 		})
 		if err != nil {
 			return err
 		}
+	}
+	bell := s.watches.add(ns)
+	defer s.watches.remove(ns, bell)
+	if !given {
+		pos = endOf(s.store.at().rev)
+	}
+	err = s.store.view(func(tx *bbolt.Tx) error {
+		var n *namespace
+		var err error
+		if ns != "" {
+			if n, err = getNamespace(tx, ns); err == nil && n == nil {
+				err = errNotFound.because("there is and was no namespace %s", ns)
+			}
+		}
+		if err == nil {
+			pos, err = resume(tx, n, pos)
+		}
+		return err
+	})
+	if err != nil {
+		return err
 	}
 	if err := c.showStaleness(); err != nil {
 		return err
@@ -380,22 +396,38 @@ func (c *call) streamStart() (p place, given bool, err error) {
 func endOf(rev uint64) place { return place{rev, math.MaxUint16} }
 
 // collect appends the events behind pos to buf, as the stream sends them. It returns how
-// far it looked, and whether there is more to look at.
+// far it looked, and whether there is more to look at. A stream that the trail's cut has overtaken ends
+// with errGone.
 func (s *server) collect(ns string, pos place, filter eventFilter, buf *[]byte) (place, bool, error) {
 	more := false
 	err := s.store.view(func(tx *bbolt.Tx) error {
+		var n *namespace
+		var err error
 		if ns != "" {
 			// Where the namespace has nothing new, what others have changed since need not be
 			// looked at, now or later.
-			n, err := getNamespace(tx, ns)
+			if n, err = getNamespace(tx, ns); err != nil {
+				return err
+			}
+			if n != nil {
+				if pos, err = resume(tx, n, pos); err != nil {
+					return err
+				}
+			}
+			restore, err := lastRestore(tx, endOf(math.MaxUint64))
 			if err != nil {
 				return err
 			}
-			if n == nil || !pos.before(n.last) {
+			if n == nil || !pos.before(n.last) && !pos.before(restore) {
 				if rev := storedRevision(tx); pos.rev < rev {
 					pos = endOf(rev)
 				}
 				return nil
+			}
+		}
+		if ns == "" {
+			if pos, err = resume(tx, nil, pos); err != nil {
+				return err
 			}
 		}
 		cur := tx.Bucket(bucketTrail).Cursor()
