@@ -39,7 +39,7 @@ func TestScripts(t *testing.T) {
 	c := startCluster(t, 3, calm)
 	t.Cleanup(func() { // when all have run
 		d := apiDocument()
-		d.makeRefusals(t)
+		d.makeRefusals(t, c)
 		if missing := d.everyStatus(); !t.Failed() && len(missing) > 0 {
 			t.Errorf("openapi.json documents what no script is answered; add it to testdata/api/statuses.txt:\n%s", strings.Join(missing, "\n"))
 		}
