@@ -239,7 +239,8 @@ func (b *browser) enter(selector, text string) {
 		return nil
 	})
 	b.do(nil, "Input.insertText", map[string]any{"text": text})
-	if is := b.eval(fmt.Sprintf(`document.querySelector(%q).value`, selector)); is != text {
+	// The page takes some fields over when they are left.
+	if is := b.eval(fmt.Sprintf(`(e => (e.blur(), e.value))(document.querySelector(%q))`, selector)); is != text {
 		b.tb.Fatalf("%s holds %q, %q was typed", selector, is, text)
 	}
 }
@@ -269,8 +270,10 @@ func TestSwaggerPage(t *testing.T) {
 		}
 		b.press(op + ".execute")
 		until(t, 20*time.Second, func() error {
-			if status = b.eval(fmt.Sprintf(`document.querySelector(%q)?.innerText ?? ""`, op+".live-responses-table .response-col_status")); status == "" {
-				return fmt.Errorf("%s has no answer", id)
+			if status = b.eval(fmt.Sprintf(`document.querySelector(%q)?.innerText ?? ""`, op+".live-responses-table tbody .response-col_status")); status == "" {
+				b.mu.Lock()
+				defer b.mu.Unlock()
+				return fmt.Errorf("%s has no answer; asked for %q; %q", id, b.requests, b.errors)
 			}
 			return nil
 		})
