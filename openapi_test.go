@@ -669,9 +669,16 @@ var filled = strings.NewReplacer("{ns}", "app", "{key}", "k", "{file}", "page.js
 // makeRefusals makes each operation refuse in each documented way that all of them have in common.
 func (d *document) makeRefusals(t *testing.T, c *cluster) {
 	leader, follower := c.leader(), c.followers()[0]
-	for _, m := range [][3]string{{"GET", "/api/v1/cluster", ""}, {"POST", "/api/v1/cluster/leader", `{"node":"` + leader.id + `"}`}} { // what no script can say
-		if a, err := do(m[0], leader.url+m[1], adminKey, m[2]); err != nil || a.status != http.StatusOK {
-			t.Errorf("%s %s: %v, %v", m[0], m[1], a, err)
+	for _, m := range []struct { // what no script can say
+		method, target, body string
+		status               int
+	}{
+		{"GET", "/api/v1/cluster", "", 200},
+		{"POST", "/api/v1/cluster/leader", `{"node":"` + leader.id + `"}`, 200},
+		{"PUT", "/api/v1/backup", "no backup", 422},
+	} {
+		if a, err := do(m.method, leader.url+m.target, adminKey, m.body); err != nil || a.status != m.status {
+			t.Errorf("%s %s: %v, %v, want %d", m.method, m.target, a, err, m.status)
 		}
 	}
 	const limited = "cm_test_outside_Vb7kQm2xTn5wRz"
@@ -740,6 +747,8 @@ func (d *document) makeRefusals(t *testing.T, c *cluster) {
 func (d *document) everyStatus() (missing []string) {
 	// What the cluster of the scripts does not do, and why, or what does.
 	elsewhere := map[string]string{
+		"200 PUT /api/v1/backup":                "TestRestore",
+		"409 PUT /api/v1/backup":                "TestRestore",
 		"200 PUT /api/v1/cluster/nodes/{id}":    "TestMembers",
 		"201 PUT /api/v1/cluster/nodes/{id}":    "TestMembers",
 		"204 DELETE /api/v1/cluster/nodes/{id}": "TestMembers",
