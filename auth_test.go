@@ -77,6 +77,9 @@ var matrix = []struct {
 	{"GET", "/metrics", "1111 ++ ++ ++", "/metrics", "", 200},
 	{"GET", "/health", "++++ ++ ++ ++", "/health", "", 200},
 	{"GET", "/health/ready", "++++ ++ ++ ++", "/health/ready", "", 200},
+	{"GET", "/openapi.json", "++++ ++ ++ ++", "/openapi.json", "", 200},
+	{"GET", "/swagger", "++++ ++ ++ ++", "/swagger", "", 200},
+	{"GET", "/swagger/{file}", "++++ ++ ++ ++", "/swagger/page.js", "", 200},
 	{"DELETE", "/api/v1/config/{ns}/{key...}", "1111 3+ 33 +3", "/api/v1/config/NS/db/WHO", "", 204},
 	{"DELETE", "/api/v1/namespaces/{ns}", "1111 3+ 33 +3", "/api/v1/namespaces/NS-WHO", "", 204},
 }

@@ -88,6 +88,9 @@ func FuzzPath(f *testing.F) {
 		}
 		rec := httptest.NewRecorder()
 		s.ServeHTTP(rec, r)
+		if err := documented("GET", r.RequestURI, &answer{rec.Code, rec.Header(), rec.Body.Bytes()}); err != nil {
+			t.Fatal(err)
+		}
 		if rec.Code != 200 && (rec.Code < 400 || rec.Code >= 500) && rec.Code != 503 {
 			t.Fatalf("%q: %d %s", target, rec.Code, rec.Body)
 		}

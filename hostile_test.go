@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -94,7 +95,7 @@ func (h *hostile) exchange(addr string, request []byte) (got []*rawAnswer, err e
 		conn.Close()
 		<-written
 	}()
-	r := bufio.NewReader(conn)
+	r, asked := bufio.NewReader(conn), bufio.NewReader(bytes.NewReader(request))
 	method, _, _ := strings.Cut(string(request[:min(len(request), 10)]), " ")
 	for {
 		if _, err := r.Peek(1); err != nil {
@@ -112,6 +113,15 @@ func (h *hostile) exchange(addr string, request []byte) (got []*rawAnswer, err e
 			return got, fmt.Errorf("half an answer: %w", err)
 		}
 		got = append(got, &rawAnswer{resp, body})
+		// The request as net/http understands it; what it does not understand it refuses itself.
+		target := ""
+		if req, err := http.ReadRequest(asked); err == nil {
+			io.Copy(io.Discard, req.Body) // to the next request
+			method, target = req.Method, req.RequestURI
+		}
+		if err := documented(method, target, &answer{resp.StatusCode, resp.Header, body}); err != nil {
+			return got, err
+		}
 		if resp.Close {
 			return got, nil
 		}

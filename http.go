@@ -94,6 +94,9 @@ func (s *server) routes() []route {
 		{"GET", "/metrics", reader, noNamespace, "", s.metrics},
 		{"GET", "/health", public, noNamespace, "", s.health},
 		{"GET", "/health/ready", public, noNamespace, "", s.ready},
+		{"GET", "/openapi.json", public, noNamespace, "", s.openapi},
+		{"GET", "/swagger", public, noNamespace, "", s.swagger},
+		{"GET", "/swagger/{file}", public, noNamespace, "", s.swaggerFile},
 	}
 }
 

@@ -35,7 +35,17 @@ func calm(doc map[string]any) {
 }
 
 // TestScripts runs the scripts of testdata/api against one live cluster of three.
-func TestScripts(t *testing.T) { runScripts(t, startCluster(t, 3, calm), false) }
+func TestScripts(t *testing.T) {
+	c := startCluster(t, 3, calm)
+	t.Cleanup(func() { // when all have run
+		d := apiDocument()
+		d.makeRefusals(t, c)
+		if missing := d.everyStatus(); !t.Failed() && len(missing) > 0 {
+			t.Errorf("openapi.json documents what no script is answered; add it to testdata/api/statuses.txt:\n%s", strings.Join(missing, "\n"))
+		}
+	})
+	runScripts(t, c, false)
+}
 
 // TestScriptsForwarded runs them through a follower that forwards: the client cannot
 // tell the difference, and reads there what it has written.

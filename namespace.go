@@ -280,7 +280,7 @@ func (s *server) listKeys(c *call) error {
 		return err
 	}
 	plain := c.accepts("text/plain", "application/json")
-	c.w.Header().Add("Vary", "Accept")
+	c.w.Header().Set("Vary", "Accept")
 	p := newPage(limit, plain)
 	defer p.free()
 	done := false

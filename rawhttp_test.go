@@ -79,7 +79,7 @@ func (r *rawRequest) read(br *bufio.Reader) (*rawAnswer, error) {
 			return nil, fmt.Errorf("half an answer: %w", err)
 		}
 		if resp.StatusCode >= 200 {
-			return &rawAnswer{resp, body}, nil
+			return &rawAnswer{resp, body}, documented(r.method, r.target, &answer{resp.StatusCode, resp.Header, body})
 		}
 	}
 }

@@ -31,6 +31,7 @@ import (
 type pending struct {
 	conn net.Conn
 	r    *bufio.Reader
+	sent [][2]string // method and target of what has no answer yet
 }
 
 // newPending connects to a node.
@@ -41,7 +42,7 @@ func newPending(tb testing.TB, n *node) *pending {
 		tb.Fatal(err)
 	}
 	tb.Cleanup(func() { conn.Close() })
-	return &pending{conn, bufio.NewReader(conn)}
+	return &pending{conn: conn, r: bufio.NewReader(conn)}
 }
 
 // send writes a request; it is in the node's socket then, whatever the node does.
@@ -53,6 +54,7 @@ func (p *pending) send(method, path, body string, headers ...string) error {
 	}
 	b.WriteString("\r\n" + body)
 	p.conn.SetDeadline(time.Now().Add(limit(15 * time.Second)))
+	p.sent = append(p.sent, [2]string{method, path})
 	_, err := p.conn.Write([]byte(b.String()))
 	return err
 }
@@ -68,7 +70,13 @@ func (p *pending) answer() (*answer, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &answer{resp.StatusCode, resp.Header, text}, nil
+	a := &answer{resp.StatusCode, resp.Header, text}
+	if len(p.sent) == 0 || a.status < 200 {
+		return a, nil // a test has written the request itself, or the answer is still to come
+	}
+	sent := p.sent[0]
+	p.sent = p.sent[1:]
+	return a, documented(sent[0], sent[1], a)
 }
 
 // knows waits until n answers a consistent read of app/k, which must show want.

@@ -70,7 +70,9 @@ func hold(tb testing.TB, n *node, ns, key string) *holder {
 		}
 		defer resp.Body.Close()
 		text, _ := io.ReadAll(resp.Body)
-		h.waited <- &answer{resp.StatusCode, resp.Header, text}
+		a := &answer{resp.StatusCode, resp.Header, text}
+		documented("GET", req.URL.RequestURI(), a) // an error fails the run
+		h.waited <- a
 	}()
 	return h
 }

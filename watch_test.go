@@ -57,12 +57,17 @@ func openStream(n *node, ns, query string, headers ...string) (*stream, *answer,
 		return nil, nil, err
 	}
 	if resp.StatusCode == http.StatusOK && resp.Header.Get("Content-Type") == "text/event-stream" {
+		if err := documented("GET", path, &answer{resp.StatusCode, resp.Header, nil}); err != nil {
+			stop()
+			return nil, nil, err
+		}
 		return &stream{resp, bufio.NewReader(resp.Body), stop}, nil, nil
 	}
 	defer stop()
 	defer resp.Body.Close()
 	text, err := io.ReadAll(resp.Body)
-	return nil, &answer{resp.StatusCode, resp.Header, text}, err
+	a := &answer{resp.StatusCode, resp.Header, text}
+	return nil, a, errors.Join(err, documented("GET", path, a))
 }
 
 // close ends the connection.
@@ -86,7 +91,7 @@ func (s *stream) next() (f frame, err error) {
 			if err := json.Unmarshal([]byte(f.data), &e); err != nil || e.ID != f.id || e.Action != f.event {
 				return f, fmt.Errorf("%w: %+v is not one event (%v)", errGrammar, f, err)
 			}
-			return f, nil
+			return f, documentedEvent(f.data)
 		case line == "", strings.HasPrefix(line, ":"):
 		case ok && name == "id" && f == frame{}:
 			f.id = value
