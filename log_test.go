@@ -95,7 +95,12 @@ func TestRequestLog(t *testing.T) {
 		r := httptest.NewRequest("PUT", keyPath("app", "k"), nil)
 		r.Header.Set("X-Correlation-Id", "id-of-PUT")
 		c := s.newCall(httptest.NewRecorder(), r)
-		c.route, c.who = &route{method: "PUT", pattern: entry, role: admin}, caller{principal: "ops@test", role: admin}
+		for rt := range s.tallies {
+			if rt != nil && rt.method == "PUT" && rt.pattern == entry {
+				c.route = rt
+			}
+		}
+		c.who = caller{principal: "ops@test", role: admin}
 		c.sawRevision(7)
 		c.w.WriteHeader(http.StatusCreated)
 		c.finish(nil)
