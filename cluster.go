@@ -360,7 +360,7 @@ func (s *server) putNode(c *call) error {
 	release = func() {}
 	n.until(ctx, func() bool {
 		srv, member := n.server(id)
-		return member && (srv.Suffrage == raft.Voter) == want.Voter && n.settled()
+		return member && (srv.Suffrage == raft.Voter) == want.Voter && n.settled() && (!want.Voter || n.rowOf(ctx, id).Role != "nonvoter")
 	})
 	return s.answerNode(c, res.putStatus(), id)
 }
