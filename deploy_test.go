@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"io/fs"
 
-	"net/http"
 	"net/url"
 	"os"
 	"os/exec"
@@ -560,16 +559,17 @@ func TestPrometheus(t *testing.T) {
 		}
 	})
 	ask := func(path string, query url.Values, data any) error {
-		a, err := do("GET", "http://"+at+"/api/v1/"+path+"?"+query.Encode(), "", "")
+		resp, err := client.Get("http://" + at + "/api/v1/" + path + "?" + query.Encode()) // not do: it is no node
 		if err != nil {
 			return err
 		}
+		defer resp.Body.Close()
 		doc := struct {
-			Status string
-			Data   any
+			Status, Error string
+			Data          any
 		}{Data: data}
-		if err := json.Unmarshal(a.body, &doc); err != nil || a.status != http.StatusOK || doc.Status != "success" {
-			return fmt.Errorf("%s %q: %v (%v)", path, query, a, err)
+		if err := json.NewDecoder(resp.Body).Decode(&doc); err != nil || doc.Status != "success" {
+			return fmt.Errorf("%s %q: %s %s (%v)", path, query, resp.Status, doc.Error, err)
 		}
 		return nil
 	}
