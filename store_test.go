@@ -20,6 +20,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -1067,4 +1068,119 @@ func TestStateV1(t *testing.T) {
 		t.Errorf("a write afterwards: %+v", res)
 	}
 	w.check()
+}
+
+// stateV2 makes the state of testdata/state-v2.db: that of stateV1, and what could be done to it since
+// then. Members come and go, a backup is restored, and of the trail the front is trimmed and half swept.
+func stateV2(t *testing.T, w *writer) {
+	stateV1(w)
+	before := backupOf(t, w.st)
+	node := func(id string, port int) *nodeRecord {
+		return &nodeRecord{ID: id, Address: "10.0.0.1", APIPort: port, RaftPort: port + 1, Voter: id != "node3"}
+	}
+	known := []nodeRecord{*node("node1", 10)}
+	known[0].Filed = true
+	cmds := []*command{
+		{Op: "member", Node: node("node2", 20), Known: known, Actor: "ops@test", ID: "v2"},
+		{Op: "member", Node: node("node3", 30), Actor: "ops@test", ID: "v2"},
+		{Op: "unmember", Node: &nodeRecord{ID: "node2"}, Actor: "ops@test", ID: "v2"},
+		{Op: "lead", Node: &nodeRecord{ID: "node1"}, Actor: "ops@test", ID: "v2"},
+		set("billing", "limits", "2"), set("extra", "k", "v"), unset("many", "versions"),
+	}
+	w.apply(append(cmds, restoreCommands(t, before, "v2")...)...)
+	w.apply(w.trimOf(12))
+	w.apply(&command{Op: "sweep", Trim: &trimming{Rev: 2, N: 1}})
+	w.apply(set("many", "versions", "v10"))
+}
+
+// TestStateV2 is TestStateV1 for state-v2.db. backup-v1.backup is of the same state, as GET /api/v1/backup
+// sends it, and is restored into an empty one.
+func TestStateV2(t *testing.T) {
+	t.Parallel()
+	const path, backup = "testdata/state-v2.db", "testdata/backup-v1.backup"
+	fresh := newWriter(t, t.TempDir())
+	stateV2(t, fresh)
+	if *update {
+		for path, b := range map[string][]byte{path: snapshotOf(t, fresh.st).Bytes(), backup: backupOf(t, fresh.st)} {
+			if err := os.WriteFile(path, b, 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	dir := t.TempDir()
+	for name, from := range map[string]string{"state.db": path, "given.backup": backup} {
+		b, err := os.ReadFile(from)
+		if err != nil {
+			t.Fatal(err)
+		}
+		overwrite(t, filepath.Join(dir, name), string(b))
+	}
+	overwrite(t, filepath.Join(dir, "state.mark"), "clean\n")
+	w := newWriter(t, dir)
+	sound := func(st *store) { // w.check knows no trims and no restores
+		t.Helper()
+		err := st.view(func(tx *bbolt.Tx) error { return errors.Join(checkRecords(tx), checkEntries(tx), checkChain(tx)) })
+		if err != nil {
+			t.Error(err)
+		}
+	}
+	sound(w.st)
+	same(t, fresh, w, true)
+	if pos := *w.st.at(); pos != *fresh.st.at() || pos.rev != 29 || pos.cut.at != (place{12, 0}) {
+		t.Errorf("at %+v, want %+v", pos, *fresh.st.at())
+	}
+	want := map[string]string{
+		"billing/db/primary/host": "string 1 10.0.0.1", "billing/limits": `json 3 { "max": 1e3 }`, "again/k": "string 1 w", "many/versions": "string 2 v10",
+		"billing/on": "string 1 \x00\x1f\x7f\u2028\U0001f600<&>\\\"", "billing/zahl \u00fc": "number 1 -1.50",
+	}
+	holds := func(what string, st *store, plain bool) {
+		t.Helper()
+		got := map[string]string{}
+		err := st.view(func(tx *bbolt.Tx) error {
+			for _, e := range recordsOf(t, tx) {
+				version := strconv.FormatUint(e.Version, 10) + " "
+				if plain {
+					version = ""
+				}
+				got[e.Namespace+"/"+e.Key] = e.Type + " " + version + e.Value
+			}
+			return nil
+		})
+		if plain {
+			for k, v := range want {
+				typ, rest, _ := strings.Cut(v, " ")
+				_, value, _ := strings.Cut(rest, " ")
+				want[k] = typ + " " + value
+			}
+		}
+		if diff := cmp.Diff(want, got); diff != "" || err != nil {
+			t.Errorf("entries of %s (-want +got):\n%s%v", what, diff, err)
+		}
+	}
+	holds(path, w.st, false)
+	err := w.st.view(func(tx *bbolt.Tx) error {
+		members, err := readMembers(tx)
+		if err != nil || len(members) != 3 || !members["node1"].Filed || !members["node2"].Removed || members["node3"].Voter {
+			t.Errorf("members %+v (%v)", members, err)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	w.apply(set("many", "versions", "v11"))
+	sound(w.st)
+
+	b, err := os.ReadFile(backup)
+	if err != nil {
+		t.Fatal(err)
+	}
+	empty := newWriter(t, t.TempDir())
+	for _, res := range empty.apply(restoreCommands(t, b, "old")...) {
+		if res.err != nil {
+			t.Error(res.err)
+		}
+	}
+	sound(empty.st)
+	holds(backup, empty.st, true)
 }
