@@ -64,7 +64,7 @@ func parseBackupHeader(line string) (h backupHeader, err error) {
 	fmt.Sscanf(line, "confman-backup 1 revision=%d hash=%x size=%d sha256=%x\n", &h.revision, &hash, &h.size, &sum)
 	copy(h.hash[:], hash)
 	copy(h.sum[:], sum)
-	if h.line() != line || h.revision > 1<<62 { // what begins above it must have numbers left
+	if h.line() != line || h.size < 0 || h.revision > 1<<62 { // what begins above it must have numbers left
 		return h, errInvalidValue.because("the first line of the backup is damaged")
 	}
 	return h, nil

@@ -471,6 +471,7 @@ func TestBackupDamaged(t *testing.T) {
 	refused("a newer one", bytes.Replace(good, []byte("confman-backup 1 "), []byte("confman-backup 2 "), 1), "format 2")
 	refused("more at the end", append(bytes.Clone(good), 0), "goes on")
 	refused("another line end", bytes.Replace(good, []byte("\n"), []byte("\r\n"), 1), "damaged")
+	refused("a negative size", []byte(strings.Replace(string(good[:line]), " size=", " size=-", 1)), "damaged")
 	refused("another revision", append([]byte(strings.Replace(string(good[:line]), "revision=7", "revision=8", 1)), pages...), "another")
 	r := rand.New(rand.NewPCG(1, 2))
 	for range 60 {
