@@ -102,7 +102,7 @@ func guardTransport(inner *raft.NetworkTransport, d *disk, log *slog.Logger, fol
 		for rpc := range inner.Consumer() {
 			if leads(rpc) {
 				if err := stranger(); err != nil {
-					if err != errNotStarted && time.Since(told) > refusalPause {
+					if time.Since(told) > refusalPause {
 						told = time.Now()
 						log.Error("a node of another cluster would lead this one, and is refused: "+
 							"stop that node, move its data directory away and start it with an empty one",
@@ -175,14 +175,15 @@ func refuse(rpc raft.RPC, err error) {
 // it has admitted others, and those of the cluster before may be there still, with their data, under the
 // same ids: raft would take the one log for the other, and apply what follows to another state.
 func (n *raftNode) stranger() error {
-	if n.raft.Load() == nil {
-		return errNotStarted
+	for n.raft.Load() == nil { // what it is of is not known yet
+		select {
+		case <-n.ctx.Done():
+			return n.ctx.Err()
+		case <-time.After(5 * time.Millisecond):
+		}
 	}
 	if all := n.voters(""); len(all) == 1 && all[0] == n.id {
 		return fmt.Errorf("node %s alone has a vote in its cluster, and follows nobody", n.id)
 	}
 	return nil
 }
-
-// errNotStarted refuses what arrives before it is known what this node is of.
-var errNotStarted = errors.New("raft has not started yet")
