@@ -24,8 +24,8 @@ type guardedTransport struct {
 	rpcs chan raft.RPC
 	// follows returns whether this node follows a leader in a term, and how far its log has come.
 	follows func(leader string, term uint64) (last uint64, ok bool)
-	// stranger returns why this node can have no leader but itself; nil where it can.
-	stranger func() error
+	// stranger returns why what a leader sends cannot be from one of this node's cluster; nil where it can.
+	stranger func(rpc raft.RPC) error
 }
 
 // Consumer implements raft.Transport.
@@ -48,7 +48,7 @@ func (t *guardedTransport) heartbeat(rpc raft.RPC) {
 		t.rpcs <- rpc
 		return
 	}
-	if err := t.stranger(); err != nil {
+	if err := t.stranger(rpc); err != nil {
 		rpc.Respond(&raft.AppendEntriesResponse{}, err)
 		return
 	}
@@ -94,14 +94,14 @@ func (t *guardedTransport) TimeoutNow(id raft.ServerID, to raft.ServerAddress, a
 }
 
 // guardTransport puts the guard before raft. It runs as long as the process.
-func guardTransport(inner *raft.NetworkTransport, d *disk, log *slog.Logger, follows func(string, uint64) (uint64, bool), stranger func() error) *guardedTransport {
+func guardTransport(inner *raft.NetworkTransport, d *disk, log *slog.Logger, follows func(string, uint64) (uint64, bool), stranger func(raft.RPC) error) *guardedTransport {
 	t := &guardedTransport{inner, make(chan raft.RPC), follows, stranger}
 	go func() {
 		refusing := false
 		var told time.Time
 		for rpc := range inner.Consumer() {
 			if leads(rpc) {
-				if err := stranger(); err != nil {
+				if err := stranger(rpc); err != nil {
 					if time.Since(told) > refusalPause {
 						told = time.Now()
 						log.Error("a node of another cluster would lead this one, and is refused: "+
@@ -170,11 +170,16 @@ func refuse(rpc raft.RPC, err error) {
 	}
 }
 
-// stranger returns why this node can have no leader but itself: it alone has a vote. Of the cluster that it
-// is of, nobody else can lead then. A node that was made from a backup is the only one that has a vote until
-// it has admitted others, and those of the cluster before may be there still, with their data, under the
-// same ids: raft would take the one log for the other, and apply what follows to another state.
-func (n *raftNode) stranger() error {
+// stranger returns why what a leader sends cannot be from one of this node's cluster. A node that was made
+// from a backup is the only one that has a vote until it has admitted others, and those of the cluster before
+// may be there still, with their data, under the same ids: raft would take the one log for the other, and
+// apply what follows to another state. So a node that alone has a vote follows nobody, as nobody else can
+// lead then. Nor is anything that was applied taken back by a snapshot: no leader lacks it, but those of a
+// cluster whose log is far behind where -restore begins.
+func (n *raftNode) stranger(rpc raft.RPC) error {
+	if cmd, ok := rpc.Command.(*raft.InstallSnapshotRequest); ok && cmd.LastLogIndex < n.store.at().index {
+		return fmt.Errorf("a snapshot ends at index %d, and this node has applied %d", cmd.LastLogIndex, n.store.at().index)
+	}
 	for n.raft.Load() == nil { // what it is of is not known yet
 		select {
 		case <-n.ctx.Done():
