@@ -345,6 +345,12 @@ func stamp(nanos int64) string {
 	return time.Unix(0, nanos).UTC().Format("2006-01-02T15:04:05.000000000Z")
 }
 
+// isStamp reports whether stamp may have written s.
+func isStamp(s string) bool {
+	t, err := time.Parse(time.RFC3339Nano, s)
+	return err == nil && stamp(t.UnixNano()) == s
+}
+
 // An eventFilter selects events by their stored bytes. In the canonical form a quote
 // inside a string is escaped, so `,"key":"x"` occurs where it is a member and nowhere
 // else: no event is decoded to be passed over.

@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"crypto/sha256"
 	"encoding/binary"
 	"errors"
@@ -63,7 +64,7 @@ func parseBackupHeader(line string) (h backupHeader, err error) {
 	fmt.Sscanf(line, "confman-backup 1 revision=%d hash=%x size=%d sha256=%x\n", &h.revision, &hash, &h.size, &sum)
 	copy(h.hash[:], hash)
 	copy(h.sum[:], sum)
-	if h.line() != line || h.revision > 1<<62 { // what begins above it must have numbers left
+	if h.line() != line || h.size < 0 || h.revision > 1<<62 { // what begins above it must have numbers left
 		return h, errInvalidValue.because("the first line of the backup is damaged")
 	}
 	return h, nil
@@ -351,7 +352,9 @@ func openBackup(f *os.File, h backupHeader) (db *bbolt.DB, err error) {
 	return db, nil
 }
 
-// checkForms checks that every entry and namespace is one that this program could have written.
+// checkForms checks that every entry and namespace is one that this program could have written. What is
+// larger would be in one command of the log, and one that is too large to be replicated in time stops the
+// cluster for good.
 func checkForms(tx *bbolt.Tx) error {
 	rev := storedRevision(tx)
 	err := tx.Bucket(bucketConfig).ForEach(func(k, rec []byte) error {
@@ -371,10 +374,10 @@ func checkForms(tx *bbolt.Tx) error {
 			err = errors.New("its revision or version cannot be")
 		case !bytes.Equal(e.appendTo(nil), r.json):
 			err = errors.New("it is not in the form in which it is stored")
-		case !typeName.MatchString(e.Type):
-			err = errors.New("its type cannot be")
+		case len(e.Value) > maxValue:
+			err = fmt.Errorf("its value has %d bytes; at most %d can be", len(e.Value), maxValue)
 		default:
-			err = checkKey(e.Key)
+			err = cmp.Or(checkKey(e.Key), checkValue(e.Value, e.Type))
 		}
 		if err != nil {
 			return fmt.Errorf("entry %.200q: %w", k, err)
@@ -388,7 +391,8 @@ func checkForms(tx *bbolt.Tx) error {
 		n, err := parseNamespace(k, rec)
 		switch {
 		case err != nil:
-		case !validNamespace(string(k)) || len(n.Description)+len(n.Owner) > maxMeta || n.rev > rev || n.deleted && n.keys > 0:
+		case !validNamespace(string(k)) || len(n.Description)+len(n.Owner) > maxMeta || n.rev > rev || n.deleted && n.keys > 0 ||
+			!isStamp(n.CreatedAt):
 			err = errors.New("its name, metadata or revision cannot be")
 		default:
 			if !bytes.Equal(n.record(string(k)), rec) {

@@ -386,6 +386,49 @@ func metaSum(page []byte) {
 	binary.NativeEndian.PutUint64(page[72:], h.Sum64())
 }
 
+// TestBackupBounds: a backup with what no request could have written is refused, and each of its parts of the
+// log stays small.
+func TestBackupBounds(t *testing.T) {
+	t.Parallel()
+	typed := func(typ, value string) *command {
+		c := set("app", "k", value)
+		c.Changes[0].Type = typ
+		return c
+	}
+	for words, c := range map[string]*command{
+		"at most 4194304":   set("app", "k", strings.Repeat("v", maxValue+1)),
+		"not a JSON number": typed("number", "abc"),
+		"not one JSON text": typed("json", "{"),
+		"neither true":      typed("bool", "yes"),
+		"":                  set("app", "k", strings.Repeat("v", maxValue)),
+	} {
+		w := newWriter(t, t.TempDir())
+		w.apply(c)
+		err := readBytes(t, backupOf(t, w.st), func(*bbolt.Tx) error { return nil })
+		if (err == nil) != (words == "") || err != nil && (problemOf(err).kind != errInvalidValue || !strings.Contains(problemOf(err).detail, words)) {
+			t.Errorf("%q: %v", words, err)
+		}
+	}
+	for _, created := range []string{"", strings.Repeat("x", maxMeta), "2026-01-02T03:04:05Z"} {
+		w := newWriter(t, t.TempDir())
+		w.apply(set("app", "k", "v"))
+		err := w.st.db.Update(func(tx *bbolt.Tx) error {
+			n, err := getNamespace(tx, "app")
+			if err != nil {
+				return err
+			}
+			n.CreatedAt = created
+			return n.put(tx, "app")
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := readBytes(t, backupOf(t, w.st), func(*bbolt.Tx) error { return nil }); err == nil || problemOf(err).kind != errInvalidValue {
+			t.Errorf("made at %.40q: %v", created, err)
+		}
+	}
+}
+
 // TestBackupDamaged: a backup of which a bit, the end or the beginning is another is refused. One whose
 // checksum was made to fit is refused for what it holds, or is what it was: it neither panics nor hangs.
 func TestBackupDamaged(t *testing.T) {
@@ -428,6 +471,7 @@ func TestBackupDamaged(t *testing.T) {
 	refused("a newer one", bytes.Replace(good, []byte("confman-backup 1 "), []byte("confman-backup 2 "), 1), "format 2")
 	refused("more at the end", append(bytes.Clone(good), 0), "goes on")
 	refused("another line end", bytes.Replace(good, []byte("\n"), []byte("\r\n"), 1), "damaged")
+	refused("a negative size", []byte(strings.Replace(string(good[:line]), " size=", " size=-", 1)), "damaged")
 	refused("another revision", append([]byte(strings.Replace(string(good[:line]), "revision=7", "revision=8", 1)), pages...), "another")
 	r := rand.New(rand.NewPCG(1, 2))
 	for range 60 {

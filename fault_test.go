@@ -614,7 +614,7 @@ func newTransport(t *testing.T, answer func(raft.RPC)) *raft.NetworkTransport {
 // newGuarded puts the guard before a transport.
 func newGuarded(t *testing.T, bare *raft.NetworkTransport, follows func(string, uint64) (uint64, bool)) *guardedTransport {
 	quiet := slog.New(slog.DiscardHandler)
-	return guardTransport(bare, newDisk(t.TempDir(), 1, quiet, nil), quiet, follows)
+	return guardTransport(bare, newDisk(t.TempDir(), 1, quiet, nil), quiet, follows, func(raft.RPC) error { return nil })
 }
 
 // TestVotesAfterRestart: raft keeps connections to the other nodes, and those to a node that was

@@ -46,7 +46,7 @@ func (a *author) change(key string, deletes bool) change {
 		return change{Key: key}
 	}
 	v := a.pick("", "true", "1", `{"a":[1]}`, "\x00\n\"\\\u2028", strconv.Itoa(a.IntN(4)), strings.Repeat("v", a.IntN(3000)))
-	return change{Key: key, Value: &v, Type: a.pick("string", "string", "json", "x")}
+	return change{Key: key, Value: &v, Type: a.pick("string", "string", "toml", "x")}
 }
 
 // condition makes a condition about what command c changes; most are none.

@@ -11,6 +11,10 @@ import (
 	"syscall"
 )
 
+// maxValue is how many bytes a value may have at most, whatever Limits says: it may take six times its size
+// in raft's log, and the trail keeps the old one beside it.
+const maxValue = 4 << 20
+
 // checkLimits finds the first mistake in Limits.
 func (c *config) checkLimits() error {
 	l := &c.Limits
@@ -18,8 +22,7 @@ func (c *config) checkLimits() error {
 		name             string
 		value, low, most int
 	}{
-		// A value may take six times its size in raft's log, and the trail keeps the old one beside it.
-		{"MaxValueBytes", l.MaxValueBytes, 1, 4 << 20},
+		{"MaxValueBytes", l.MaxValueBytes, 1, maxValue},
 		{"MaxBodyBytes", l.MaxBodyBytes, 1, 8 << 20},
 		{"MaxHeaderBytes", l.MaxHeaderBytes, 4 << 10, 1 << 20},
 		{"MaxConnections", l.MaxConnections, 16, 1_000_000},

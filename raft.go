@@ -257,7 +257,7 @@ func (n *raftNode) startRaft(newest uint64, servers []raft.Server, hlog hclog.Lo
 	if n.recent, err = raft.NewLogCache(64, n.logs); err != nil {
 		return err
 	}
-	trans := guardTransport(n.trans, n.disk, n.log, n.follows)
+	trans := guardTransport(n.trans, n.disk, n.log, n.follows, n.stranger)
 	if servers != nil {
 		if err := raft.BootstrapCluster(conf, n.recent, n.logs, n.snaps, trans, raft.Configuration{Servers: servers}); err != nil {
 			return fmt.Errorf("bootstrap %s: %w", n.logs.path, err)

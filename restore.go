@@ -11,6 +11,7 @@ import (
 	"io"
 	"maps"
 	"math/bits"
+	mathrand "math/rand/v2"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -682,7 +683,9 @@ func writeRestored(cfg *config, dir string, db *bbolt.DB, head backupHeader, c *
 		return nil, counts, err
 	}
 	counts[1] = int(pos.events) // some may have been trimmed, and not swept
-	const index, term = 1, 1    // of the snapshot
+	// Of the snapshot. Nodes of the cluster before, or of another that was made from a backup, never have an
+	// entry of this index and term, so raft takes no log of theirs for the beginning of this one's.
+	index, term := uint64(restoreGap), restoreGap+mathrand.N[uint64](restoreGap)
 	err = fresh.Update(func(tx *bbolt.Tx) error {
 		b := &batch{pos: *pos, namespaces: map[string]*namespace{}}
 		b.open(tx)

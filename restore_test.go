@@ -21,6 +21,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/hashicorp/raft"
 	"go.etcd.io/bbolt"
 )
 
@@ -259,6 +260,87 @@ func restoreNewCluster(t *testing.T, file string, b []byte) {
 		t.Errorf("a write makes %+v", e)
 	}
 	n3.verified(t)
+}
+
+// TestRestoreBesideOld makes a new cluster of a backup while nodes of the one before run, with their data and
+// under the same ids and secret: the new one neither follows them nor takes anything of their log for its own.
+func TestRestoreBesideOld(t *testing.T) {
+	t.Parallel()
+	c := startCluster(t, 3, calm)
+	c.expects = append(c.expects, "would lead this one", "failed to appendEntries", "failed to heartbeat", "peer has newer term", "failed to get log",
+		"failed to decode incoming command", "failed to make requestVote", "another node's trail differs")
+	leader := c.leader()
+	leader.put(t, "app", "k", "one")
+	file := filepath.Join(t.TempDir(), "backup")
+	if err := os.WriteFile(file, leader.backup(t).body, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	leader.put(t, "app", "k", "two")
+	c.converge()
+	n := c.followers()[0]
+	n.stop()
+	if err := os.RemoveAll(n.data); err != nil {
+		t.Fatal(err)
+	}
+	if code, _, stderr := runNode(t, t.TempDir(), append(n.args, "-restore", file)...); code != 0 {
+		t.Fatal(stderr)
+	}
+	n.start()
+	until(t, 15*time.Second, n.ready)
+	until(t, 15*time.Second, func() error {
+		if said := n.logged(); !strings.Contains(said, "a node of another cluster would lead this one") {
+			return errors.New("the log does not say that another leads")
+		}
+		return nil
+	})
+	until(t, 15*time.Second, func() error { // the old ones go on without it
+		var a *answer
+		for _, old := range c.nodes {
+			if old == n {
+				continue
+			}
+			if a = old.ask(t, "PUT", keyPath("app", "k"), `{"value":"three"}`); a.status == http.StatusOK {
+				return nil
+			}
+		}
+		return fmt.Errorf("a write at the old cluster: %v", a)
+	})
+	time.Sleep(time.Second)
+	until(t, 15*time.Second, func() error {
+		_, st, err := n.status()
+		if err == nil && (st.Role != "leader" || st.Revision != 1_000_000_001) {
+			err = fmt.Errorf("the new cluster is at revision %d, and its node is %s", st.Revision, st.Role)
+		}
+		return err
+	})
+	if e := n.get(t, "app", "k"); e.Value != "one" || e.Revision != 1 {
+		t.Errorf("app/k is %+v", e)
+	}
+	for _, old := range c.nodes {
+		if old != n {
+			old.kill() // one that is left alone may end by itself, as no majority has its trail
+			if err := os.RemoveAll(old.data); err != nil {
+				t.Fatal(err)
+			}
+			old.start()
+		}
+	}
+	c.ready()
+	if st := c.converge(); st.Revision < 1_000_000_001 {
+		t.Errorf("at revision %d", st.Revision)
+	}
+	n.verified(t)
+}
+
+// TestSnapshotBack: a snapshot that would take back what was applied is refused.
+func TestSnapshotBack(t *testing.T) {
+	t.Parallel()
+	w := newWriter(t, t.TempDir())
+	w.apply(set("app", "k", "1"), set("app", "k", "2"))
+	n := &raftNode{id: "node1", store: w.st}
+	if err := n.stranger(raft.RPC{Command: &raft.InstallSnapshotRequest{LastLogIndex: w.st.at().index - 1}}); err == nil {
+		t.Error("a snapshot of what was before is taken")
+	}
 }
 
 // TestSlowBackup: while clients take backups at 10 KB/s, writes take at most twice as long, and what they

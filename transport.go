@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"slices"
 	"syscall"
+	"time"
 
 	"github.com/hashicorp/raft"
 )
@@ -23,6 +24,8 @@ type guardedTransport struct {
 	rpcs chan raft.RPC
 	// follows returns whether this node follows a leader in a term, and how far its log has come.
 	follows func(leader string, term uint64) (last uint64, ok bool)
+	// stranger returns why what a leader sends cannot be from one of this node's cluster; nil where it can.
+	stranger func(rpc raft.RPC) error
 }
 
 // Consumer implements raft.Transport.
@@ -43,6 +46,10 @@ func (t *guardedTransport) heartbeat(rpc raft.RPC) {
 	req, ok := rpc.Command.(*raft.AppendEntriesRequest)
 	if !ok {
 		t.rpcs <- rpc
+		return
+	}
+	if err := t.stranger(rpc); err != nil {
+		rpc.Respond(&raft.AppendEntriesResponse{}, err)
 		return
 	}
 	last, ok := t.follows(string(req.ID), req.Term)
@@ -87,11 +94,24 @@ func (t *guardedTransport) TimeoutNow(id raft.ServerID, to raft.ServerAddress, a
 }
 
 // guardTransport puts the guard before raft. It runs as long as the process.
-func guardTransport(inner *raft.NetworkTransport, d *disk, log *slog.Logger, follows func(string, uint64) (uint64, bool)) *guardedTransport {
-	t := &guardedTransport{inner, make(chan raft.RPC), follows}
+func guardTransport(inner *raft.NetworkTransport, d *disk, log *slog.Logger, follows func(string, uint64) (uint64, bool), stranger func(raft.RPC) error) *guardedTransport {
+	t := &guardedTransport{inner, make(chan raft.RPC), follows, stranger}
 	go func() {
 		refusing := false
+		var told time.Time
 		for rpc := range inner.Consumer() {
+			if leads(rpc) {
+				if err := stranger(rpc); err != nil {
+					if time.Since(told) > refusalPause {
+						told = time.Now()
+						log.Error("a node of another cluster would lead this one, and is refused: "+
+							"stop that node, move its data directory away and start it with an empty one",
+							"from", string(rpc.Command.(raft.WithRPCHeader).GetRPCHeader().ID), "error", err)
+					}
+					refuse(rpc, err)
+					continue
+				}
+			}
 			low := d.low()
 			// A snapshot is stored, and then made the state beside the old one.
 			if cmd, ok := rpc.Command.(*raft.InstallSnapshotRequest); ok {
@@ -117,14 +137,58 @@ func guardTransport(inner *raft.NetworkTransport, d *disk, log *slog.Logger, fol
 					continue
 				}
 			case *raft.InstallSnapshotRequest:
-				go func() {
-					io.Copy(io.Discard, rpc.Reader) // the connection carries on behind it
-					rpc.Respond(&raft.InstallSnapshotResponse{}, full)
-				}()
+				refuse(rpc, full)
 				continue
 			}
 			t.rpcs <- rpc
 		}
 	}()
 	return t
+}
+
+// leads reports whether it takes a leader to send this.
+func leads(rpc raft.RPC) bool {
+	switch rpc.Command.(type) {
+	case *raft.AppendEntriesRequest, *raft.InstallSnapshotRequest, *raft.TimeoutNowRequest:
+		return true
+	}
+	return false
+}
+
+// refuse answers an RPC that raft does not see.
+func refuse(rpc raft.RPC, err error) {
+	switch rpc.Command.(type) {
+	case *raft.AppendEntriesRequest:
+		rpc.Respond(&raft.AppendEntriesResponse{}, err)
+	case *raft.TimeoutNowRequest:
+		rpc.Respond(&raft.TimeoutNowResponse{}, err)
+	case *raft.InstallSnapshotRequest:
+		go func() {
+			io.Copy(io.Discard, rpc.Reader) // the connection carries on behind it
+			rpc.Respond(&raft.InstallSnapshotResponse{}, err)
+		}()
+	}
+}
+
+// stranger returns why what a leader sends cannot be from one of this node's cluster. A node that was made
+// from a backup is the only one that has a vote until it has admitted others, and those of the cluster before
+// may be there still, with their data, under the same ids: raft would take the one log for the other, and
+// apply what follows to another state. So a node that alone has a vote follows nobody, as nobody else can
+// lead then. Nor is anything that was applied taken back by a snapshot: no leader lacks it, but those of a
+// cluster whose log is far behind where -restore begins.
+func (n *raftNode) stranger(rpc raft.RPC) error {
+	if cmd, ok := rpc.Command.(*raft.InstallSnapshotRequest); ok && cmd.LastLogIndex < n.store.at().index {
+		return fmt.Errorf("a snapshot ends at index %d, and this node has applied %d", cmd.LastLogIndex, n.store.at().index)
+	}
+	for n.raft.Load() == nil { // what it is of is not known yet
+		select {
+		case <-n.ctx.Done():
+			return n.ctx.Err()
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
+	if all := n.voters(""); len(all) == 1 && all[0] == n.id {
+		return fmt.Errorf("node %s alone has a vote in its cluster, and follows nobody", n.id)
+	}
+	return nil
 }
