@@ -255,7 +255,6 @@ func (n *raftNode) rejoin(ctx context.Context, id string, identity uint64, joins
 		return fmt.Errorf("another node answers under the address of node %s", id)
 	}
 	if !recorded && !member {
-		filed.Filed = false
 		add := &command{Op: "member", Node: &filed, Known: n.known(), Actor: "confman", ID: rand.Text()}
 		if _, err := n.propose(add, time.Now().Add(n.cfg.requestTimeout())); err != nil {
 			return err

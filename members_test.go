@@ -447,6 +447,38 @@ func TestOlderStateFile(t *testing.T) {
 	}
 }
 
+// TestMovedByFile: a node that was added because the leader's file lists it, as after -restore, is found by the
+// files when they say that it is somewhere else: no PUT has said where it is.
+func TestMovedByFile(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 2, calm)
+	all := c.doc["Cluster"].(map[string]any)["Nodes"].([]any)
+	c.configure(with("Cluster", "Nodes", all[:1]))
+	first, second := c.nodes[0], c.nodes[1]
+	first.start()
+	until(t, 15*time.Second, first.ready)
+	first.stop()
+	c.configure(with("Cluster", "Nodes", all))
+	c.start()
+	first.votes(t, "node1", "node2")
+	for _, n := range c.nodes {
+		n.stop()
+	}
+	for i, n := range c.nodes {
+		api, raft := freePort(t), freePort(t)
+		all[i].(map[string]any)["ApiPort"], all[i].(map[string]any)["RaftPort"] = api, raft
+		n.api, n.raft = fmt.Sprintf("127.0.0.1:%d", api), fmt.Sprintf("127.0.0.1:%d", raft)
+		n.url = "http://" + n.api
+	}
+	c.configure()
+	c.start()
+	for _, row := range first.members(t).Nodes {
+		if row.ID == second.id && hostPort(row.Address, row.RaftPort) != second.raft {
+			t.Errorf("%s is shown at %+v, and is at %s", second.id, row, second.raft)
+		}
+	}
+}
+
 // TestMembersOfFile: nodes of the file that are no members, and come with empty directories to a cluster
 // that is one node, are added. One that joins waits for a PUT all the same, and one of a file that lists nobody
 // who leads finds the leader.
