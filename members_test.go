@@ -479,6 +479,49 @@ func TestMovedByFile(t *testing.T) {
 	}
 }
 
+// TestOldFiles: two nodes of three, whose files do not list the two that came later, lose their disks and the
+// third is away. They are a majority of their files, and begin no new cluster beside the one that calls them.
+func TestOldFiles(t *testing.T) {
+	t.Parallel()
+	c := startCluster(t, 3, calm)
+	first := c.nodes[0]
+	for _, id := range []string{"node4", "node5"} {
+		n := c.newcomer(id, c.nodes[2])
+		c.nodes = append(c.nodes, n)
+		n.start()
+		until(t, 15*time.Second, func() error { _, _, err := n.status(); return err })
+		first.add(t, n, "")
+	}
+	first.votes(t, "node1", "node2", "node3", "node4", "node5")
+	first.put(t, "app", "k", "v")
+	c.ready()
+	for _, n := range c.nodes[:3] {
+		n.kill()
+	}
+	for _, n := range c.nodes[:2] {
+		if err := os.RemoveAll(n.data); err != nil {
+			t.Fatal(err)
+		}
+		n.start()
+	}
+	until(t, 15*time.Second, func() error {
+		if code, st, err := first.status(); err != nil || code != 503 || !strings.Contains(st.Reason, "takes this one for a member") {
+			return fmt.Errorf("%d %+v %v", code, st, err)
+		}
+		return nil
+	})
+	time.Sleep(formMoment + time.Second) // what must not happen has no bell
+	if text := first.logged(); strings.Count(text, "forming a new cluster") != 1 {
+		t.Fatal("node1 begins a cluster of its own")
+	}
+	c.nodes[2].start()
+	c.ready()
+	first.votes(t, "node1", "node2", "node3", "node4", "node5")
+	if e := first.get(t, "app", "k"); e.Value != "v" {
+		t.Errorf("%+v", e)
+	}
+}
+
 // TestMembersOfFile: nodes of the file that are no members, and come with empty directories to a cluster
 // that is one node, are added. One that joins waits for a PUT all the same, and one of a file that lists nobody
 // who leads finds the leader.
