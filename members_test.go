@@ -283,7 +283,6 @@ func TestMembersMistaken(t *testing.T) {
 	}
 	writeFile(t, full, text)
 	c.configure(with("Storage", "MinFreeMiB", 1))
-	c.nodes[2].args = []string{"-config", full, "-node", "node3"}
 	c.expects = append(c.expects, "disk is nearly full", "failed to", "transfer leadership", "free, less than Storage.MinFreeMiB")
 	c.start()
 	other := startCluster(t, 1, with("Cluster", "Secret", clusterSecret))
@@ -314,6 +313,10 @@ func TestMembersMistaken(t *testing.T) {
 	}
 	c.leader()
 	refused(second, "node1", lone.body(""), "another cluster")
+	c.nodes[2].kill()
+	c.nodes[2].args = []string{"-config", full, "-node", "node3"}
+	c.nodes[2].start()
+	c.ready()
 	// The trail has it that node3 is to lead, so it is not said that nothing was done.
 	if a := lead(c.nodes[2]); a.status != 504 || !bytes.Contains(a.body, []byte(`"outcome":"unknown"`)) {
 		t.Errorf("POST leader for a node with a full disk: %v, want 504", a)
