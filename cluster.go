@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -194,6 +195,12 @@ func (c *call) readNode(id string) (r nodeRecord, err error) {
 // probe makes sure that the node of a record answers at its address, and that it may be let in: by an
 // empty directory, unless it is a member. The error is errConflict.
 func (n *raftNode) probe(ctx context.Context, r nodeRecord, member bool) error {
+	if me := n.cfg.self(); r.ID == n.id { // it cannot call itself, and knows where it is
+		if !strings.EqualFold(r.Address, me.Address) || r.APIPort != me.ApiPort || r.RaftPort != me.RaftPort {
+			return errConflict.because("by its file node %s is at %s, API port %d", n.id, hostPort(me.Address, me.RaftPort), me.ApiPort)
+		}
+		return nil
+	}
 	ctx, cancel := context.WithTimeout(ctx, 2*roundTime)
 	defer cancel()
 	by := newAsker(n.port, -1)
@@ -214,7 +221,48 @@ func (n *raftNode) probe(ctx context.Context, r nodeRecord, member bool) error {
 	if !member && nums[0] != stateEmpty {
 		return errConflict.because("node %s holds data: stop it, move its directory away, start it with -join and try again", r.ID)
 	}
+	if nums[0] != stateEmpty {
+		return n.sameTrail(ctx, by, r)
+	}
 	return nil
+}
+
+// sameTrail refuses a member at a new address whose trail is not this cluster's: clusters that share a
+// secret, or have none, often have nodes of the same names, and one that follows two leaders confirms to
+// both what it has of neither.
+func (n *raftNode) sameTrail(ctx context.Context, by http.RoundTripper, r nodeRecord) error {
+	var said nodeRow
+	b, err := askAny(ctx, by, r.ID, "/node")
+	if err == nil {
+		err = json.Unmarshal(b, &said)
+	}
+	if err != nil {
+		return errConflict.because("node %s does not say at %s what it holds (%v)", r.ID, r.at(), err)
+	}
+	if said.Revision == 0 {
+		return nil
+	}
+	if !n.store.waitFor(ctx, said.Revision) {
+		return errConflict.because("node %s at %s is of another cluster: it holds revision %d, and this one has none such", r.ID, r.at(), said.Revision)
+	}
+	h, ok, err := n.store.hashAt(said.Revision)
+	if err == nil && ok && hex.EncodeToString(h[:]) != said.Hash { // of what was trimmed nothing is known
+		err = errConflict.because("node %s at %s is of another cluster: its trail is not this one's", r.ID, r.at())
+	}
+	return err
+}
+
+// mayGrow refuses a second node to one that is a cluster by its own file: with its disk lost it would begin
+// a new one, and its writes and those of the others would get under the same revisions.
+func (n *raftNode) mayGrow() error {
+	switch {
+	case len(n.cfg.Cluster.Nodes) > 1:
+		return nil
+	case n.cfg.file == "":
+		return errConflict.because("node %s runs without a configuration file, and so alone; start it with -config", n.id)
+	}
+	return errConflict.because("the configuration file of node %s lists nobody else, so with its directory lost it would begin a new cluster: "+
+		"list the new node in its Cluster.Nodes, too, restart it and try again", n.id)
 }
 
 // mayLose refuses what would take a vote away, unless the voters that are left and answer are a majority
@@ -343,7 +391,12 @@ func (s *server) putNode(c *call) error {
 			return s.stepAside(c)
 		}
 	}
-	if (!member || was.at() != want.at() || was.APIPort != want.APIPort) && id != n.id {
+	if !member {
+		if err := n.mayGrow(); err != nil {
+			return err
+		}
+	}
+	if !member || was.at() != want.at() || was.APIPort != want.APIPort {
 		if err := n.probe(ctx, want, member); err != nil {
 			return err
 		}
@@ -470,8 +523,8 @@ func (s *server) moveLeader(c *call) error {
 		if err == nil && !n.until(ctx, func() bool { now, _ := n.leader(); return now == id }) {
 			err = errors.New("it does not lead yet")
 		}
-		if err != nil {
-			return &problem{kind: errUnavailable, cause: err, detail: "leadership was not moved; try again"}
+		if err != nil { // the trail has it, and raft may have asked the node to stand already
+			return &problem{kind: errUnknown, cause: err, detail: "node " + id + " does not lead; it was told to, or may be yet: GET /api/v1/cluster says who leads"}
 		}
 	}
 	b, err := json.Marshal(struct {

@@ -96,7 +96,7 @@ func (s *server) gate(c *call) (done bool, err error) {
 // forward passes a write on to the leader's API with the caller's own key and headers, over the
 // raft port, and answers what it says once this node has applied the write.
 func (s *server) forward(c *call, leader string) error {
-	if c.r.ContentLength != 0 {
+	if c.r.ContentLength != 0 && c.sent == nil { // a leader that has just stepped aside has read it
 		if err := c.readBody(); err != nil {
 			return err
 		}

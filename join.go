@@ -130,7 +130,8 @@ func (n *raftNode) join() ([]raft.Server, error) {
 	others := slices.DeleteFunc(slices.Clone(filed), func(id string) bool { return id == n.id })
 	began, told := time.Now(), ""
 	for {
-		empty, holder := n.askStates(others)
+		called := time.Since(time.Unix(0, n.port.calledAt.Load())) < formMoment
+		empty, holder, formed := n.askStates(others)
 		if holder != "" {
 			// Its file may not list the leader.
 			ctx, cancel := context.WithTimeout(n.ctx, roundTime)
@@ -158,6 +159,9 @@ func (n *raftNode) join() ([]raft.Server, error) {
 			}
 		} else if n.cfg.join {
 			n.say(&told, "started with -join: waiting until a node of the cluster answers, one of Cluster.Nodes that has data")
+		} else if called && !formed {
+			// Whoever has formed a cluster with this node calls it only afterwards, and says so when asked.
+			n.say(&told, "a node that is not in Cluster.Nodes takes this one for a member of its cluster: list that cluster's other nodes there, or start those of them that are listed")
 		} else if len(empty) == len(filed) || len(empty) > len(filed)/2 && time.Since(began) > formMoment {
 			n.log.Info("forming a new cluster", "empty", len(empty), "nodes", len(filed))
 			var servers []raft.Server
@@ -203,12 +207,13 @@ func (n *raftNode) say(told *string, why string) {
 }
 
 // askStates asks the others what they hold. empty has those that hold nothing, or a cluster so
-// fresh that it saw this directory empty, this node included; holder is one that has data.
-func (n *raftNode) askStates(others []string) (empty map[string]uint64, holder string) {
+// fresh that it saw this directory empty, which formed reports, this node included; holder is one that
+// has data.
+func (n *raftNode) askStates(others []string) (empty map[string]uint64, holder string, formed bool) {
 	empty = map[string]uint64{n.id: n.identity}
 	ctx, cancel := context.WithTimeout(n.ctx, roundTime/2)
 	defer cancel()
-	var mu sync.Mutex // guards empty and holder
+	var mu sync.Mutex // guards empty, holder and formed
 	var wg sync.WaitGroup
 	for _, id := range others {
 		wg.Go(func() {
@@ -221,11 +226,12 @@ func (n *raftNode) askStates(others []string) (empty map[string]uint64, holder s
 				holder = id
 			default:
 				empty[id] = nums[1]
+				formed = formed || nums[0] == stateFormedWith
 			}
 		})
 	}
 	wg.Wait()
-	return empty, holder
+	return empty, holder, formed
 }
 
 // rejoin lets a node whose directory is empty become a member without a vote. It returns when
@@ -255,7 +261,6 @@ func (n *raftNode) rejoin(ctx context.Context, id string, identity uint64, joins
 		return fmt.Errorf("another node answers under the address of node %s", id)
 	}
 	if !recorded && !member {
-		filed.Filed = false
 		add := &command{Op: "member", Node: &filed, Known: n.known(), Actor: "confman", ID: rand.Text()}
 		if _, err := n.propose(add, time.Now().Add(n.cfg.requestTimeout())); err != nil {
 			return err

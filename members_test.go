@@ -269,6 +269,72 @@ func TestMembers(t *testing.T) {
 	}
 }
 
+// TestMembersMistaken: what an operator with bad luck asks for. A leader whose own address is mistyped, a
+// member that is sent to a node of another cluster of the same name and secret, a second node for one that is
+// a cluster by its own file, and leadership for a node that cannot take it.
+func TestMembersMistaken(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 3, steady, with("Cluster", "Forward", true))
+	full := filepath.Join(c.dir, "full.json") // node3 finds its disk too full for any entry
+	c.configure(with("Storage", "MinFreeMiB", 1<<30))
+	text, err := os.ReadFile(c.config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	writeFile(t, full, text)
+	c.configure(with("Storage", "MinFreeMiB", 1))
+	c.expects = append(c.expects, "disk is nearly full", "failed to", "transfer leadership", "free, less than Storage.MinFreeMiB")
+	c.start()
+	other := startCluster(t, 1, with("Cluster", "Secret", clusterSecret))
+	lone := other.nodes[0]
+	lone.put(t, "app", "k", "another")
+	at := c.leader()
+	at.put(t, "app", "k", "v")
+	refused := func(n *node, id, body, part string) {
+		t.Helper()
+		a := n.ask(t, "PUT", "/api/v1/cluster/nodes/"+id, body)
+		if a.status != 409 || !bytes.Contains(a.body, []byte(part)) || !bytes.Contains(a.body, []byte(`"outcome":"not-applied"`)) {
+			t.Errorf("PUT of %s %s at %s: %v, want 409 with %q", id, body, n.id, a, part)
+		}
+	}
+	moved := func(n *node) string {
+		_, api, _ := strings.Cut(n.api, ":")
+		return fmt.Sprintf(`{"address":"127.0.0.1","apiPort":%s,"raftPort":%d}`, api, freePort(t))
+	}
+	refused(at, at.id, moved(at), "by its file")
+	refused(lone, "node2", c.nodes[1].body(""), "lists nobody else")
+
+	first, second := c.nodes[0], c.nodes[1]
+	lead := func(n *node) *answer {
+		return second.write(t, "POST", "/api/v1/cluster/leader", fmt.Sprintf(`{"node":"%s"}`, n.id))
+	}
+	if a := lead(second); a.status != 200 {
+		t.Fatalf("POST leader: %v", a)
+	}
+	c.leader()
+	refused(second, "node1", lone.body(""), "another cluster")
+	c.nodes[2].kill()
+	c.nodes[2].args = []string{"-config", full, "-node", "node3"}
+	c.nodes[2].start()
+	c.ready()
+	// The trail has it that node3 is to lead, so it is not said that nothing was done.
+	if a := lead(c.nodes[2]); a.status != 504 || !bytes.Contains(a.body, []byte(`"outcome":"unknown"`)) {
+		t.Errorf("POST leader for a node with a full disk: %v, want 504", a)
+	}
+	c.nodes[2].kill()
+	c.nodes[2].args = []string{"-config", c.config, "-node", "node3"}
+	c.nodes[2].start()
+	c.ready()
+	// A leader loses its own vote by its word to the next one, which it forwards.
+	if got := c.leader(); got != second {
+		t.Fatalf("%s leads, not node2", got.id)
+	}
+	if a, err := do("PUT", second.url+"/api/v1/cluster/nodes/node2", adminKey, second.body(`,"voter":false`)); err != nil || a.status != 200 {
+		t.Errorf("a leader that is to lose its vote: %v, %v", a, err)
+	}
+	first.votes(t, "node1", "node3")
+}
+
 // TestMemberCommands: what the commands of the membership do to the state.
 func TestMemberCommands(t *testing.T) {
 	t.Parallel()
@@ -381,6 +447,81 @@ func TestOlderStateFile(t *testing.T) {
 		if res := w.apply(&command{Op: "member", Node: &r})[0]; res.err != nil || res.rev != 2 {
 			t.Errorf("%+v", res)
 		}
+	}
+}
+
+// TestMovedByFile: a node that was added because the leader's file lists it, as after -restore, is found by the
+// files when they say that it is somewhere else: no PUT has said where it is.
+func TestMovedByFile(t *testing.T) {
+	t.Parallel()
+	c := newCluster(t, 2, calm)
+	all := c.doc["Cluster"].(map[string]any)["Nodes"].([]any)
+	c.configure(with("Cluster", "Nodes", all[:1]))
+	first, second := c.nodes[0], c.nodes[1]
+	first.start()
+	until(t, 15*time.Second, first.ready)
+	first.stop()
+	c.configure(with("Cluster", "Nodes", all))
+	c.start()
+	first.votes(t, "node1", "node2")
+	for _, n := range c.nodes {
+		n.stop()
+	}
+	for i, n := range c.nodes {
+		api, raft := freePort(t), freePort(t)
+		all[i].(map[string]any)["ApiPort"], all[i].(map[string]any)["RaftPort"] = api, raft
+		n.api, n.raft = fmt.Sprintf("127.0.0.1:%d", api), fmt.Sprintf("127.0.0.1:%d", raft)
+		n.url = "http://" + n.api
+	}
+	c.configure()
+	c.start()
+	for _, row := range first.members(t).Nodes {
+		if row.ID == second.id && hostPort(row.Address, row.RaftPort) != second.raft {
+			t.Errorf("%s is shown at %+v, and is at %s", second.id, row, second.raft)
+		}
+	}
+}
+
+// TestOldFiles: two nodes of three, whose files do not list the two that came later, lose their disks and the
+// third is away. They are a majority of their files, and begin no new cluster beside the one that calls them.
+func TestOldFiles(t *testing.T) {
+	t.Parallel()
+	c := startCluster(t, 3, calm)
+	first := c.nodes[0]
+	for _, id := range []string{"node4", "node5"} {
+		n := c.newcomer(id, c.nodes[2])
+		c.nodes = append(c.nodes, n)
+		n.start()
+		until(t, 15*time.Second, func() error { _, _, err := n.status(); return err })
+		first.add(t, n, "")
+	}
+	first.votes(t, "node1", "node2", "node3", "node4", "node5")
+	first.put(t, "app", "k", "v")
+	c.ready()
+	for _, n := range c.nodes[:3] {
+		n.kill()
+	}
+	for _, n := range c.nodes[:2] {
+		if err := os.RemoveAll(n.data); err != nil {
+			t.Fatal(err)
+		}
+		n.start()
+	}
+	until(t, 15*time.Second, func() error {
+		if code, st, err := first.status(); err != nil || code != 503 || !strings.Contains(st.Reason, "takes this one for a member") {
+			return fmt.Errorf("%d %+v %v", code, st, err)
+		}
+		return nil
+	})
+	time.Sleep(formMoment + time.Second) // what must not happen has no bell
+	if text := first.logged(); strings.Count(text, "forming a new cluster") != 1 {
+		t.Fatal("node1 begins a cluster of its own")
+	}
+	c.nodes[2].start()
+	c.ready()
+	first.votes(t, "node1", "node2", "node3", "node4", "node5")
+	if e := first.get(t, "app", "k"); e.Value != "v" {
+		t.Errorf("%+v", e)
 	}
 }
 

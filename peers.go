@@ -35,9 +35,11 @@ type port struct {
 	http   chan net.Conn
 	closed chan struct{}
 	once   sync.Once
-	open   atomic.Bool                     // raft has started and takes connections
-	ring   atomic.Pointer[keyring]         // nil: plain text. It is changed by setRing
-	peers  atomic.Pointer[map[string]peer] // by node id; where to call them. It is changed by setPeers
+	open   atomic.Bool // raft has started and takes connections
+	// calledAt is when another node's raft last called before that, in nanoseconds since 1970.
+	calledAt atomic.Int64
+	ring     atomic.Pointer[keyring]         // nil: plain text. It is changed by setRing
+	peers    atomic.Pointer[map[string]peer] // by node id; where to call them. It is changed by setPeers
 
 	mu        sync.Mutex         // guards the rest
 	strangers []net.Conn         // those of which nothing is known yet, the oldest first
@@ -176,6 +178,7 @@ func (p *port) sort(raw net.Conn) {
 	if first[0] >= 0x10 {
 		to = p.http
 	} else if !p.open.Load() {
+		p.calledAt.Store(time.Now().UnixNano())
 		c.Close()
 		return
 	}
