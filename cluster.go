@@ -368,6 +368,9 @@ func (s *server) putNode(c *call) error {
 		return err
 	}
 	defer func() { release() }()
+	if err := n.reckon(); err != nil { // what was ordered before is applied, and decides
+		return err
+	}
 	ro := n.roster.Load()
 	was, known := ro.nodes[id]
 	srv, member := n.server(id)
@@ -441,6 +444,9 @@ func (s *server) deleteNode(c *call) error {
 		return err
 	}
 	defer func() { release() }()
+	if err := n.reckon(); err != nil { // what was ordered before is applied, and decides
+		return err
+	}
 	srv, member := n.server(id)
 	rec := n.roster.Load().nodes[id]
 	rec.ID = id
