@@ -270,7 +270,7 @@ func (v *verification) check(tx *bbolt.Tx, pos *place, prev *[32]byte, from, to 
 		return false, err
 	}
 	if c.at.rev > 0 && (0 < from && pos.before(c.at) || to <= c.at.rev) {
-		return false, c.gone("leave from out, or name a revision behind it")
+		return false, c.gone("leave from out, or name a later revision")
 	}
 	if pos.before(c.at) {
 		*v, *pos = verification{OK: true}, endOf(c.at.rev)

@@ -268,6 +268,9 @@ func (k apiKey) digest() (d [sha256.Size]byte, err error) {
 	if err != nil || len(b) != len(d) {
 		return d, errors.New("sha256: is not followed by the 64 hex digits of a digest")
 	}
+	if [sha256.Size]byte(b) == sha256.Sum256(nil) { // of a variable that was not set
+		return d, errors.New("sha256: is followed by the digest of nothing")
+	}
 	return [sha256.Size]byte(b), nil
 }
 

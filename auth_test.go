@@ -480,6 +480,7 @@ func TestMistakenKeys(t *testing.T) {
 		{`"Key": "sha256:` + digest[1:] + `"`, "Auth.ApiKeys[1].Key: "},
 		{`"Key": "sha256:` + digest + `00"`, "Auth.ApiKeys[1].Key: "},
 		{`"Key": "sha256:"`, "Auth.ApiKeys[1].Key: "},
+		{`"Key": "sha256:` + fmt.Sprintf("%x", sha256.Sum256(nil)) + `"`, "Auth.ApiKeys[1].Key: sha256: is followed by the digest of nothing"},
 		{`"Key": "SHA256:cm_test"`, "Auth.ApiKeys[1].Key: "},
 		{`"Key": "sha256: ` + digest + `"`, "Auth.ApiKeys[1].Key: "},
 		{`"Key": "sha256:` + strings.Repeat("g", 64) + `"`, "Auth.ApiKeys[1].Key: "},

@@ -93,6 +93,7 @@ between() { until [ $(curl -s -m 1 http://127.0.0.1:50{10,20,30}/health/ready | 
 	"TestManualDeployment": {
 		apart: map[string]string{
 			"useradd --system --no-create-home --shell /usr/sbin/nologin confman":                                                            "",
+			"systemctl daemon-reload && systemctl enable --now confman":                                                                      "",
 			"curl -sf --retry 20 --retry-delay 1 --retry-all-errors http://10.0.1.10:5000/health/ready":                                      "",
 			"runuser -u confman -- confman -check -config /etc/confman/confman.json -node node1 -data /var/lib/confman | grep -v '^program'": "",
 			"cd /etc/confman": "",
