@@ -315,9 +315,14 @@ func (s *server) stepAside(c *call) error {
 	}
 	ctx, cancel := context.WithDeadline(c.r.Context(), c.deadline())
 	defer cancel()
+	// It is known before it has applied what it needs to lead, and would refuse until then.
 	s.node.until(ctx, func() bool {
 		id, _ := s.node.leader()
-		return id != "" && id != s.node.id
+		if id == "" || id == s.node.id {
+			return false
+		}
+		_, err := s.node.ask(ctx, id, questionPaths[acknowledged], 2)
+		return err == nil
 	})
 	if done, err := s.gate(c); done || err != nil {
 		return err

@@ -239,7 +239,7 @@ func TestDiskFull(t *testing.T) {
 	}{{0.50, 20 * time.Millisecond}, {0.99, 100 * time.Millisecond}} {
 		before, during := quantile(normal, m.q), quantile(full, m.q)
 		t.Logf("p%.0f of a write %v before (%d writes), %v while the disk is full (%d)", 100*m.q, before, len(normal), during, len(full))
-		if during > max(2*before, m.noise) {
+		if during > limit(max(2*before, m.noise)) {
 			t.Errorf("p%.0f of a write is %v while a follower's disk is full, %v before", 100*m.q, during, before)
 		}
 	}
