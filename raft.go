@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -525,13 +526,16 @@ func (n *raftNode) takeSnapshots() error {
 		if err := r.ReloadConfig(rc); err != nil {
 			n.log.Error("trailing logs not set", "error", err)
 		}
-		err := r.Snapshot().Error()
-		if err == nil {
+		switch err := r.Snapshot().Error(); {
+		case err == nil:
 			n.snapshots.taken.Add(1)
-		} else if !errors.Is(err, raft.ErrNothingNewToSnapshot) && !errors.Is(err, raft.ErrRaftShutdown) {
+		case errors.Is(err, raft.ErrNothingNewToSnapshot), errors.Is(err, raft.ErrRaftShutdown):
+		case strings.HasPrefix(err.Error(), "cannot take snapshot now"): // members change; it is due still
+			n.logs.add(entries, size)
+		default:
 			n.snapshots.failed.Add(1)
 			n.log.Error("snapshot not taken", "error", err)
-			n.logs.add(entries, size) // it is due still
+			n.logs.add(entries, size)
 		}
 	}
 }
