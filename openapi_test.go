@@ -271,7 +271,7 @@ func (d *document) check(method, target string, a *answer) error {
 	if a.header["X-Correlation-Id"] == nil && (kind == "text/plain" || kind == "-/-") && slices.Contains(beforeUs, a.status) {
 		return nil
 	}
-	if a.header["X-Correlation-Id"] == nil && target == "/term" {
+	if a.header["X-Correlation-Id"] == nil && (target == "/term" || target == "/applied") {
 		return nil // what nodes ask each other, on another port
 	}
 	p := d.path(target)
